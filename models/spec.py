@@ -1,0 +1,94 @@
+"""What a trainer sees of a model: roles, the edges between them, and per role one step function.
+
+A *role* is a part of a model that one worker group trains. A model of one role has no edges. The same
+description serves a run in one process, where edges are function calls, and a split run, where they are messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+"""Collated columns by name; tensors have the samples first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Shape of one sample's tensor and its dtype. None marks an axis that is ragged."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeTensor:
+    """One named tensor that crosses an edge; ``gradient`` says whether one returns."""
+
+    name: str
+    spec: TensorSpec
+    gradient: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSpec:
+    """An ordered list of tensors from role ``source`` to role ``target``, for micro-batches of ``kinds``."""
+
+    source: str
+    target: str
+    tensors: tuple[EdgeTensor, ...]
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What one micro-batch gave: loss terms as **sums** over this rank's elements, and what leaves on the edges.
+
+    The trainer divides each sum by the count over the global batch of the whole step, so that the gradient does
+    not depend on how the batch is split over micro-batches and ranks.
+    """
+
+    sums: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """How one role is trained."""
+
+    name: str
+    step: Callable[[nn.Module, Batch, Mapping[str, Tensor]], StepOutput]
+    """(module, batch, tensors received) -> sums of the loss terms and the tensors sent."""
+    counts: Callable[[Batch], dict[str, float]]
+    """Elements per loss term of a batch, from its targets and ``weight`` column alone: known before any forward."""
+    no_decay: tuple[str, ...] = ("bias", "norm")
+    """Substrings of parameter names that get no weight decay."""
+    lora_targets: tuple[str, ...] = ()
+    checkpointed: tuple[str, ...] = ()
+    """Class names of the blocks that activation checkpointing wraps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A named model: how to build it, its roles and edges, and where published weights go."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    """Returns a module; of a model of several roles, one child a role. Works under ``torch.device("meta")``."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of ``build`` for this size; ``models.build(name, **overrides)`` puts overrides on top."""
+    roles: tuple[RoleSpec, ...] = ()
+    edges: tuple[EdgeSpec, ...] = ()
+    to_published: Callable[[nn.Module], dict[str, str]] | None = None
+    """Our parameter name -> published name; None where they are the same."""
+    doc: str = ""
+
+    def role(self, name: str) -> RoleSpec:
+        """The role called ``name``; KeyError lists the names there are."""
+        for role in self.roles:
+            if role.name == name:
+                return role
+        raise KeyError(f"{self.name} has no role {name!r}; it has {[r.name for r in self.roles]}")

@@ -1,0 +1,67 @@
+"""Named exceptions of the whole project, by meaning, so that a caller can catch what it can handle.
+
+``configs.ConfigError`` and ``models.ModelError`` are defined where they are raised (those packages import
+nothing of ours) and are listed here with the rest, so that one tuple says what the command line turns into a
+message without a traceback.
+"""
+
+from __future__ import annotations
+
+from configs import ConfigError
+from models.errors import ModelError, WeightsError
+
+__all__ = [
+    "USER_ERRORS",
+    "CacheError",
+    "ConfigError",
+    "DataError",
+    "DeadlineError",
+    "LoomError",
+    "ModelError",
+    "NonFiniteError",
+    "PlacementError",
+    "QuarantineLimitError",
+    "ResumeError",
+    "ServiceError",
+    "WeightsError",
+]
+
+
+class LoomError(Exception):
+    """Base of the errors of services and actors. The message says the value seen, what is allowed, what to do."""
+
+
+class DataError(LoomError):
+    """A file of a data set is missing, unreadable, or says something impossible. Names the file."""
+
+
+class QuarantineLimitError(DataError):
+    """More samples broke than ``data.max_broken`` allows."""
+
+
+class CacheError(LoomError):
+    """The feature store cannot do what was asked (no space, no permission, wrong layout). Never a wrong record."""
+
+
+class ServiceError(LoomError):
+    """The feature service, or another actor, answered with a failure or not at all."""
+
+
+class DeadlineError(ServiceError):
+    """A remote call passed its deadline; the message says who waits for whom since when."""
+
+
+class PlacementError(LoomError):
+    """The resources that the roles ask for do not fit the cluster; raised before any actor exists."""
+
+
+class ResumeError(LoomError):
+    """A checkpoint is missing, torn, or belongs to another run."""
+
+
+class NonFiniteError(LoomError):
+    """A loss or a gradient is NaN or infinite more often than ``trainer.max_skipped_steps`` allows."""
+
+
+#: What a user can cause: printed as a message, not as a traceback.
+USER_ERRORS: tuple[type[Exception], ...] = (LoomError, ConfigError, ModelError)
