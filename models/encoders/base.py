@@ -45,7 +45,8 @@ class FrozenEncoder(nn.Module, ABC):
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """All that decides an output beside the input, as JSON: weights digest, layers, compute dtype,
-        preprocessing with library versions, padding shape. Never a path, a name or a time."""
+        preprocessing with library versions, padding shape. Never a path, a name or a time.
+        """
 
     @abstractmethod
     def outputs(self) -> Mapping[str, TensorSpec]:

@@ -1,4 +1,4 @@
-"""Spans as JSON lines: who did what, when, with how many bytes. Any process may write; a run folder collects them.
+"""Spans as JSON lines: who did what, when, how many bytes. Any process may write; a run folder collects them.
 
 A process calls :func:`configure` once with the run's ``events`` folder and its own name; after that
 :func:`span` and :func:`emit` append to ``events/<who>.jsonl``. Without ``configure`` they cost a comparison.
