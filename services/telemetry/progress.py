@@ -1,0 +1,107 @@
+"""The progress line of a run: step, losses, samples/s, share of time spent waiting for data, hit rate, ETA.
+
+On a terminal it is one line that is drawn anew; elsewhere (a job log) a plain line now and then. In a run that
+trains in worker processes the driver follows ``metrics.jsonl`` (:func:`follow`), since workers have no terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from configs.schema import LoggerConfig
+from services.telemetry.loggers import METRICS_FILE
+
+PLAIN_EVERY_S = 5.0
+
+
+class Progress:
+    """Draws ``fields`` of the newest step; ``close`` leaves the last line standing."""
+
+    def __init__(self, total_steps: int, config: LoggerConfig, *, stream: TextIO | None = None) -> None:
+        self.total = total_steps
+        self._stream = stream if stream is not None else sys.stderr
+        self._mode = config.progress
+        if self._mode == "auto":
+            self._mode = "line" if self._stream.isatty() else "plain"
+        self._first: tuple[int, float] | None = None
+        self._last_plain = 0.0
+        self._width = 0
+
+    def update(self, step: int, **fields: Any) -> None:
+        """Show that ``step`` steps are done. Known fields: loss, samples_per_s, wait_share, hit_rate; others as is."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        if self._mode == "off":
+            return
+        text = self._text(step, now, fields)
+        if self._mode == "line":
+            self._stream.write("\r" + text.ljust(self._width))
+            self._width = len(text)
+            self._stream.flush()
+        elif now - self._last_plain >= PLAIN_EVERY_S or step >= self.total:
+            self._last_plain = now
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """End the line."""
+        if self._mode == "line" and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _text(self, step: int, now: float, fields: dict[str, Any]) -> str:
+        parts = [f"step {step}/{self.total}"]
+        for name, value in fields.items():
+            if name in ("wait_share", "hit_rate"):
+                label = "wait" if name == "wait_share" else "hits"
+                parts.append(f"{label} {100 * float(value):.0f}%")
+            elif name == "samples_per_s":
+                parts.append(f"{float(value):.0f} samples/s")
+            elif isinstance(value, float):
+                parts.append(f"{name} {value:.4g}")
+            else:
+                parts.append(f"{name} {value}")
+        first_step, first_time = self._first or (step, now)
+        if step > first_step:
+            left = (self.total - step) * (now - first_time) / (step - first_step)
+            parts.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
+        return "  ".join(parts)
+
+
+def follow(
+    folder: Path, progress: Progress, stop: threading.Event, *, start_at: int = 0, period_s: float = 0.5
+) -> None:
+    """Feed ``progress`` from the training lines that workers append to ``folder/metrics.jsonl`` until ``stop``.
+
+    ``start_at`` is the size of the file before this run, so that a resumed run does not replay the old lines.
+    """
+    path = folder / METRICS_FILE
+    offset, rest = start_at, ""
+    while True:
+        done = stop.wait(period_s)
+        if path.exists():
+            with path.open("r", encoding="utf-8") as file:
+                file.seek(offset)
+                rest += file.read()
+                offset = file.tell()
+            *lines, rest = rest.split("\n")
+            for line in lines:
+                _show(line, progress)
+        if done:
+            progress.close()
+            return
+
+
+def _show(line: str, progress: Progress) -> None:
+    row = json.loads(line)
+    if row.get("split") != "train":
+        return
+    shown = ("loss", "samples_per_s", "wait_share", "hit_rate")
+    fields = {name: row[name] for name in shown if row.get(name) is not None}
+    progress.update(int(row["step"]), **fields)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import io
+import json
+import threading
+from pathlib import Path
+
+from configs.schema import LoggerConfig
+from services.telemetry.progress import Progress, follow
+
+
+def test_plain_lines_name_what_they_show() -> None:
+    stream = io.StringIO()
+    progress = Progress(10, LoggerConfig(progress="plain"), stream=stream)
+    progress.update(5, loss=0.5, samples_per_s=31.6, wait_share=0.04, hit_rate=1.0)
+    progress.update(10, loss=0.25)
+    first, last = stream.getvalue().splitlines()
+    assert first == "step 5/10  loss 0.5  32 samples/s  wait 4%  hits 100%"
+    assert last.startswith("step 10/10  loss 0.25  ETA 0:00")
+
+
+def test_off_writes_nothing() -> None:
+    stream = io.StringIO()
+    Progress(10, LoggerConfig(progress="off"), stream=stream).update(10, loss=1.0)
+    assert stream.getvalue() == ""
+
+
+def test_follow_shows_training_lines_after_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    old = json.dumps({"step": 1, "split": "train", "loss": 9.0}) + "\n"
+    path.write_text(old)
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 4, "split": "val", "loss": 7.0}) + "\n")
+        file.write(json.dumps({"step": 4, "split": "train", "loss": 0.5, "hit_rate": 0.25}) + "\n")
+        file.write('{"step": 5, "split"')
+    stream, stop = io.StringIO(), threading.Event()
+    stop.set()
+    follow(tmp_path, Progress(4, LoggerConfig(progress="plain"), stream=stream), stop, start_at=len(old), period_s=0)
+    assert stream.getvalue() == "step 4/4  loss 0.5  hits 25%\n"
