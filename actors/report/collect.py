@@ -1,0 +1,103 @@
+"""Reads a run folder into one object; whatever a run did not write stays empty, and the report leaves it out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services.errors import DataError
+from services.telemetry import events
+from services.telemetry.loggers import read_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric of the final evaluation beside its trivial baseline."""
+
+    name: str
+    value: float
+    baseline: float | None
+    baseline_name: str
+    better: str
+    """"lower" or "higher"."""
+
+    @property
+    def beats_baseline(self) -> bool | None:
+        """Whether the value is on the better side of the baseline; None where there is none."""
+        if self.baseline is None:
+            return None
+        return self.value < self.baseline if self.better == "lower" else self.value > self.baseline
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run folder holds."""
+
+    folder: Path
+    config: str
+    curves: dict[str, dict[str, dict[int, float]]]
+    events: list[dict[str, Any]]
+    scores: tuple[Score, ...] = ()
+    evaluated_on: str = ""
+    examples: dict[str, np.ndarray] = field(default_factory=dict)
+    blind: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per question type: best image-blind score, its strategy, number of questions."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+
+
+def collect(folder: Path) -> RunData:
+    """Read ``folder``; DataError when it is no run folder."""
+    config = folder / "config.yaml"
+    if not config.exists():
+        raise DataError(f"{folder} is no run folder: it has no config.yaml; name a folder under <storage.root>/runs")
+    evaluation = _json(folder / "evaluation.json")
+    examples: dict[str, np.ndarray] = {}
+    if (folder / "examples.npz").exists():
+        with np.load(folder / "examples.npz", allow_pickle=False) as arrays:
+            examples = {name: arrays[name] for name in arrays.files}
+    return RunData(
+        folder=folder,
+        config=config.read_text(),
+        curves=read_metrics(folder),
+        events=events.read(folder / "events"),
+        scores=tuple(_scores(evaluation)),
+        evaluated_on=f"{evaluation.get('samples', 0)} samples of the {evaluation['split']} split" if evaluation else "",
+        examples=examples,
+        blind=_json(folder / "questions.json").get("blind", {}),
+        summary=_json(folder / "summary.json"),
+        quarantined=_lines(folder / "quarantine.jsonl"),
+    )
+
+
+def _scores(evaluation: dict[str, Any]) -> list[Score]:
+    return [
+        Score(
+            name=name,
+            value=float(row["value"]),
+            baseline=None if row.get("baseline") is None else float(row["baseline"]),
+            baseline_name=str(row.get("baseline_name", "")),
+            better=str(row["better"]),
+        )
+        for name, row in evaluation.get("metrics", {}).items()
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); delete it and run the evaluation again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}, an object is expected; delete it and evaluate again")
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []

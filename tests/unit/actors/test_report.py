@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.report import write_report
+from actors.report.collect import collect
+from actors.report.figures import depth_picture, enlarge, label_picture
+from services.errors import DataError
+
+
+def make_run(folder: Path) -> Path:
+    """A run folder with everything that the report shows."""
+    rng = np.random.default_rng(0)
+    (folder / "events").mkdir(parents=True)
+    (folder / "config.yaml").write_text("recipe: {name: probe}\nnote: '<script>alert(1)</script>'\n")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(10, 210, 10):
+            train = {"loss": 2 / step**0.5, "loss/depth": 1.5 / step**0.5, "hit_rate": min(1, step / 100)}
+            train |= {"wait_share": 0.3 / step**0.5, "samples_per_s": 100 + rng.normal()}
+            file.write(json.dumps({"step": step, "split": "train", "time": 0, **train}) + "\n")
+            if step % 50 == 0:
+                values = {"depth_linear/abs_rel": 0.3 - step / 2000, "depth_dpt/abs_rel": 0.25 - step / 2000}
+                file.write(json.dumps({"step": step, "split": "val", "time": 0, **values}) + "\n")
+    with (folder / "events" / "a.jsonl").open("w") as file:
+        for step in range(50):
+            for who, what, start, end in (("feature-0", "encode", 0.0, 0.05), ("trainer-0", "forward", 0.05, 0.08)):
+                t0 = 100 + step * 0.1
+                file.write(json.dumps({"who": who, "what": what, "t0": t0 + start, "t1": t0 + end}) + "\n")
+    metrics = {
+        "depth_linear/abs_rel": {"value": 0.2, "baseline": 0.4, "baseline_name": "mean depth", "better": "lower"},
+        "seg/miou": {"value": 0.1, "baseline": 0.2, "baseline_name": "majority class", "better": "higher"},
+    }
+    (folder / "evaluation.json").write_text(json.dumps({"split": "test", "samples": 12, "metrics": metrics}))
+    (folder / "questions.json").write_text(
+        json.dumps({"blind": {"object_counting": {"score": 0.31, "count": 9, "strategy": "always 2"}}})
+    )
+    (folder / "summary.json").write_text(json.dumps({"title": "probe", "facts": {"rooms": 24}}))
+    (folder / "quarantine.jsonl").write_text(json.dumps({"id": "rooms/r3#1", "reason": "truncated PNG"}) + "\n")
+    image = rng.integers(0, 255, (3, 56, 70, 3), dtype=np.uint8)
+    depth = rng.uniform(1, 4, (3, 56, 70)).astype(np.float32)
+    labels = rng.integers(-1, 9, (3, 56, 70))
+    np.savez(
+        folder / "examples.npz",
+        image=image,
+        depth_true=depth,
+        depth_linear=depth,
+        depth_dpt=depth,
+        seg_true=labels,
+        seg_pred=labels,
+        pca=rng.integers(0, 255, (3, 4, 5, 3), dtype=np.uint8),
+        ids=np.array(["a", "b", "c"]),
+        classes=np.array([f"class {i}" for i in range(9)]),
+    )
+    return folder
+
+
+class _Sources(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href") and tag != "use"]
+
+
+def test_the_page_is_self_contained_and_shows_every_part(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "demo")).read_text()
+    parser = _Sources()
+    parser.feed(page)
+    assert len(parser.sources) == 3 * 7
+    assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
+    for text in (
+        "depth_linear/abs_rel",
+        "mean depth",
+        "✓ beats it",
+        "✗ does not",
+        "truncated PNG",
+        "always 2",
+        "encode (",
+    ):
+        assert text in page
+    assert "<script>" not in page, "the config is shown as text"
+
+
+def test_an_empty_run_gives_a_page_without_the_missing_parts(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    page = write_report(tmp_path).read_text()
+    assert "Resolved configuration" in page
+    assert "Who did what when" not in page
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is no run folder.*config\.yaml"):
+        write_report(tmp_path)
+
+
+def test_a_torn_evaluation_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").write_text('{"split": ')
+    with pytest.raises(DataError, match=r"evaluation\.json is not JSON"):
+        collect(tmp_path / "run")
+
+
+def test_unknown_depth_and_ignored_labels_are_grey() -> None:
+    assert depth_picture(np.array([[0.0, 2.0]]), 1.0, 3.0)[0, 0].tolist() == [200, 200, 200]
+    assert label_picture(np.array([[-1, 2]]), 4)[0, 0].tolist() == [200, 200, 200]
+    np.testing.assert_array_equal(enlarge(np.arange(12).reshape(2, 2, 3), 4, 4)[0, 1], [0, 1, 2])
