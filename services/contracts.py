@@ -76,6 +76,8 @@ class ImageRef:
     path: str
     frame: int | None = None
     """Index of the decoded frame when ``path`` is a video; None for an image file."""
+    member: str | None = None
+    """Name of the image inside ``path`` when that is a tar archive, or ``column:row`` of a Parquet file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +88,8 @@ class DepthRef:
     metres_per_unit: float
     K: Intrinsics
     """Camera of the stored depth map, which may have another size than the image."""
+    unknown: float | None = None
+    """A further stored number that means unknown (7-Scenes writes 65535)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
