@@ -22,8 +22,9 @@ class RoomsConfig:
     scenes: int = 24
     # Views along each camera path.
     views: int = 8
-    # Image size in pixels (width, height).
+    # Width of the images, pixels.
     width: int = 160
+    # Height of the images, pixels.
     height: int = 120
     # Seed of the first room; room i uses (seed, i).
     seed: int = 0
@@ -52,7 +53,9 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    # Where samples come from, by a name of your choice.
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    # The procedural scenes that a source of format rooms makes when it has no root.
     rooms: RoomsConfig = field(default_factory=RoomsConfig)
     # Broken samples are quarantined and counted; the run ends when more than this share of all samples broke.
     max_broken: float = 0.01
@@ -70,8 +73,9 @@ class EncoderConfig:
     arch: dict[str, Any] = field(default_factory=dict)
     # Seed of random weights.
     seed: int = 0
-    # Input size in pixels; a multiple of the patch size.
+    # Input height in pixels; a multiple of the patch size.
     height: int = 224
+    # Input width in pixels; a multiple of the patch size.
     width: int = 224
     # Layers whose patch tokens are kept, counted from 1; [] keeps the last only.
     layers: list[int] = field(default_factory=list)
@@ -95,7 +99,7 @@ class ServiceConfig:
     deadline_s: float = 60.0
     # Seconds that an encoder's lease on a key lasts.
     lease_s: float = 120.0
-    # Resources of one replica (num_cpus is 0; the role resource decides placement).
+    # GPUs of one replica (its num_cpus is 0; the role resource decides placement).
     num_gpus: float = 0.0
     # Release replicas when the hit rate of the last epoch is at least this.
     release_at: float = 0.995
@@ -115,8 +119,9 @@ class CacheConfig:
     verify: str = "always"
     # Bytes that the local tier may use (0: no limit).
     budget_bytes: int = 0
-    # A shard is sealed at this size, or `seal_s` seconds after its first record.
+    # A shard is sealed when it reaches this many bytes ...
     shard_bytes: int = 256 * 2**20
+    # ... or this many seconds after its first record.
     seal_s: float = 2.0
     # none | fp8_e4m3 (per-token scale; its error is reported).
     codec: str = "none"
@@ -134,6 +139,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
+    # What is trained: probe.
     name: str = "probe"
     # Relative share of micro-batches of each kind in every step (largest remainder).
     quotas: dict[str, float] = field(default_factory=lambda: {"view": 1.0})
@@ -147,32 +153,41 @@ class RecipeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
+    # Optimiser steps of the run.
     steps: int = 200
     # Samples of one global micro-batch; the world size must divide it.
     micro_batch: int = 8
     # Micro-batches of one optimiser step.
     accumulation: int = 1
+    # Peak learning rate of AdamW.
     lr: float = 1e-3
+    # Learning rate at the end of the cosine, as a share of the peak.
     min_lr_ratio: float = 0.0
+    # Steps of linear warm-up.
     warmup_steps: int = 10
+    # Decoupled weight decay of AdamW.
     weight_decay: float = 0.0
+    # Decay rates of AdamW's two moments.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     # Gradient norm clipped to this, per role (0: not clipped).
     clip_norm: float = 1.0
     # float32 | bfloat16 (autocast; weights and optimiser stay float32).
     precision: str = "float32"
+    # Recompute activations in the backward pass instead of keeping them.
     activation_checkpointing: bool = False
     # Decay of the exponential moving average of the weights (0: none).
     ema: float = 0.0
     # Steps that may be skipped for a non-finite loss or gradient before the run ends.
     max_skipped_steps: int = 10
-    # Save every n steps (0: only at the end), keep the newest n and the best.
+    # Save every n steps (0: only at the end).
     checkpoint_every: int = 50
+    # Keep this many of the newest checkpoints, and the best one.
     keep_checkpoints: int = 2
     # Validate every n steps (0: only at the end).
     validate_every: int = 50
-    # Metric of validation that selects the best checkpoint, and whether lower is better ("min" | "max").
+    # Metric of validation that selects the best checkpoint.
     best_metric: str = "loss"
+    # Whether the best value of that metric is its smallest or its largest: min | max.
     best_mode: str = "min"
     # Print and record metrics every n steps.
     log_every: int = 10
@@ -194,9 +209,13 @@ class BackendConfig:
 class PeftConfig:
     # none | lora.
     method: str = "none"
+    # Rank of the low-rank update.
     rank: int = 8
+    # The update is scaled by alpha / rank.
     alpha: float = 16.0
+    # Dropout before the update.
     dropout: float = 0.0
+    # Names of the modules that get an update; [] takes those that the model's spec names.
     targets: list[str] = field(default_factory=list)
 
 
@@ -204,8 +223,11 @@ class PeftConfig:
 class RoleConfig:
     # Workers of this role; [n] is fixed, [min, max] is elastic.
     workers: list[int] = field(default_factory=lambda: [1])
+    # CPUs that one worker reserves (0: the role resource alone decides placement).
     num_cpus: float = 0.0
+    # GPUs of one worker.
     num_gpus: float = 0.0
+    # Host memory that one worker reserves, GB (0: none).
     memory_gb: float = 0.0
     # Accelerator type as Ray names it; "" for any.
     accelerator: str = ""
@@ -213,15 +235,21 @@ class RoleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig:
+    # Nodes of this kind.
     count: int = 1
+    # CPUs of one node.
     num_cpus: float = 2
+    # GPUs of one node.
     num_gpus: float = 0
+    # Host memory of one node, GB.
     memory_gb: float = 24
+    # Memory of one GPU, GB.
     gpu_memory_gb: float = 0
+    # Accelerator type as Ray names it; "" for none.
     accelerator: str = ""
     # Custom resources, e.g. the roles that this kind of node may hold: {"role_feature": 4}.
     resources: dict[str, float] = field(default_factory=dict)
-    # Measured or assumed rates that `loom3d plan` uses for time: dense TFLOP/s in the compute dtype.
+    # Measured or assumed rate of one worker that `loom3d plan` uses for time: dense TFLOP/s in the compute dtype.
     tflops: float = 0.05
 
 
@@ -233,6 +261,7 @@ class ClusterConfig:
     address: str = ""
     # Nodes that `plan` packs the roles onto, and that mode=local pretends to have.
     nodes: dict[str, NodeConfig] = field(default_factory=lambda: {"local": NodeConfig()})
+    # Worker groups by role.
     roles: dict[str, RoleConfig] = field(default_factory=lambda: {"trainer": RoleConfig()})
     # Restarts of a failed worker group before the run ends.
     max_failures: int = 3
@@ -244,9 +273,11 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerConfig:
+    # Write TensorBoard files into the run folder.
     tensorboard: bool = True
-    # Weights & Biases project ("" off) and MLflow tracking URI ("" off); need the extras of the same name.
+    # Weights & Biases project ("" for none); needs the extra `wandb`.
     wandb: str = ""
+    # MLflow tracking URI ("" for none); needs the extra `mlflow`.
     mlflow: str = ""
     # Progress line on the terminal: auto (when it is one) | plain | off.
     progress: str = "auto"
@@ -256,17 +287,31 @@ class LoggerConfig:
 class RunConfig:
     # Name of the run folder under <storage.root>/runs; "" is <recipe>-<size>.
     name: str = ""
+    # Size of the recipe: tiny | small | paper; decides encoder, model and data sizes.
     size: str = "tiny"
+    # Seed of everything random: weights, plan, draws.
     seed: int = 0
+    # Where runs, caches and generated data live.
     storage: StorageConfig = field(default_factory=StorageConfig)
+    # What is trained, on which kinds of sample.
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    # Where samples come from.
     data: DataConfig = field(default_factory=DataConfig)
+    # What is trained, by its name in the registry.
     model: ModelConfig = field(default_factory=ModelConfig)
+    # Frozen encoders by a name of your choice; `recipe.features` says which one feeds the model.
     encoders: dict[str, EncoderConfig] = field(default_factory=dict)
+    # Actors that run the frozen encoders.
     service: ServiceConfig = field(default_factory=ServiceConfig)
+    # Store of what the encoders computed.
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # Optimisation, validation, checkpoints.
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    # How weights and gradients are spread over a role's workers.
     backend: BackendConfig = field(default_factory=BackendConfig)
+    # Low-rank updates of a pretrained model.
     peft: PeftConfig = field(default_factory=PeftConfig)
+    # Nodes, worker groups, and how Ray is found.
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    # Where progress and metrics go.
     logger: LoggerConfig = field(default_factory=LoggerConfig)
