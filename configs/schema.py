@@ -138,11 +138,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewSetConfig:
+    # Smallest and largest number of views of a set.
+    views: list[int] = field(default_factory=lambda: [2, 4])
+    # Share of the views of a set that are targets (at least one where > 0, and at least one stays context).
+    target_ratio: float = 0.5
+    # Smallest and largest distance of neighbouring views, in frames of the source.
+    interval: list[int] = field(default_factory=lambda: [1, 1])
+    # First frames of two sets of an epoch lie in different windows of this many frames.
+    stride: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     # What is trained: probe.
     name: str = "probe"
     # Relative share of micro-batches of each kind in every step (largest remainder).
     quotas: dict[str, float] = field(default_factory=lambda: {"view": 1.0})
+    # How samples of the kind view_set are drawn.
+    view_set: ViewSetConfig = field(default_factory=ViewSetConfig)
     # Loss terms and their weights.
     losses: dict[str, float] = field(default_factory=dict)
     # Which encoder (key under `encoders`) feeds the model.
@@ -195,6 +209,8 @@ class TrainerConfig:
     threads: int = 0
     # Steps that the loader prepares ahead.
     prefetch_steps: int = 2
+    # Steps that plan rows and requests for missing features run ahead of the trainer (with Ray).
+    lookahead_steps: int = 16
     # Resume from the newest valid checkpoint of a run folder of the same name: auto | never.
     resume: str = "auto"
 
@@ -238,13 +254,13 @@ class NodeConfig:
     # Nodes of this kind.
     count: int = 1
     # CPUs of one node.
-    num_cpus: float = 2
+    num_cpus: float = 2.0
     # GPUs of one node.
-    num_gpus: float = 0
+    num_gpus: float = 0.0
     # Host memory of one node, GB.
-    memory_gb: float = 24
+    memory_gb: float = 24.0
     # Memory of one GPU, GB.
-    gpu_memory_gb: float = 0
+    gpu_memory_gb: float = 0.0
     # Accelerator type as Ray names it; "" for none.
     accelerator: str = ""
     # Custom resources, e.g. the roles that this kind of node may hold: {"role_feature": 4}.

@@ -1,0 +1,53 @@
+"""Paths of a configuration, made absolute when it is loaded: workers on other nodes have other working folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from configs.schema import RunConfig
+
+
+def is_uri(path: str) -> bool:
+    """Whether ``path`` is a URI such as s3://bucket/folder rather than a path."""
+    return "://" in path
+
+
+def expand(config: RunConfig) -> RunConfig:
+    """``config`` with "~" expanded everywhere, and inputs (data, weights) made absolute from the working folder.
+
+    Folders that are written to are not made absolute: a relative one is refused by :mod:`configs.validate`, because
+    under ``ray job submit`` it would lie in a folder that is thrown away.
+    """
+    storage = dataclasses.replace(config.storage, root=_home(config.storage.root))
+    cache = dataclasses.replace(config.cache, root=_home(config.cache.root), remote=_home(config.cache.remote))
+    rooms = dataclasses.replace(config.data.rooms, textures=_absolute(config.data.rooms.textures))
+    sources = {
+        name: dataclasses.replace(
+            source,
+            root=_absolute(source.root),
+            splits={split: _absolute(path) for split, path in source.splits.items()},
+        )
+        for name, source in config.data.sources.items()
+    }
+    data = dataclasses.replace(config.data, rooms=rooms, sources=sources, quarantine=_absolute(config.data.quarantine))
+    encoders = {
+        name: dataclasses.replace(encoder, weights=_weights(encoder.weights))
+        for name, encoder in config.encoders.items()
+    }
+    return dataclasses.replace(config, storage=storage, cache=cache, data=data, encoders=encoders)
+
+
+def _home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _absolute(path: str) -> str:
+    if not path or is_uri(path):
+        return path
+    return str(Path(path).expanduser().absolute())
+
+
+def _weights(path: str) -> str:
+    """Hub names ("owner/name") look like relative paths; only what starts with "." or "~" is taken as a folder."""
+    return _absolute(path) if path.startswith((".", "~")) else path

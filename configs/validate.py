@@ -1,0 +1,364 @@
+"""What a typed configuration must still satisfy: allowed values, ranges, and keys that contradict each other.
+
+Single-key rules are tables by dotted path (``*`` stands for a name of the user's choice); rules over several keys
+are short functions that yield one message for every violation. Nothing here looks at files or at a cluster: that is
+what ``loom3d plan`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from configs.convert import nearest
+from configs.paths import is_uri
+from configs.schema import EncoderConfig, RoleConfig, RunConfig
+
+SPLITS = ("train", "val", "test")
+FORMATS = (
+    "rooms", "scannet", "scannetpp", "arkitscenes", "re10k", "nerfstudio", "colmap", "sevenscenes", "images", "corpus",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "size": ("tiny", "small", "paper"),
+    "recipe.name": ("probe",),
+    "data.sources.*.format": FORMATS,
+    "encoders.*.family": ("dinov2", "dinov3", "radio", "siglip2", "clip"),
+    "encoders.*.dtype": DTYPES,
+    "cache.mode": ("always", "never", "auto"),
+    "cache.verify": ("always", "first_touch", "off"),
+    "cache.codec": ("none", "fp8_e4m3"),
+    "trainer.precision": ("float32", "bfloat16"),
+    "trainer.best_mode": ("min", "max"),
+    "trainer.resume": ("auto", "never"),
+    "backend.name": ("single", "ddp"),
+    "peft.method": ("none", "lora"),
+    "cluster.mode": ("inline", "local", "attach"),
+    "logger.progress": ("auto", "plain", "off"),
+}
+
+#: Roles that a recipe trains, each a worker group of ``cluster.roles``.
+ROLES: Mapping[str, tuple[str, ...]] = {"probe": ("trainer",)}
+
+#: Patch size of a family's published networks, where ``arch`` or the name of the weights says nothing else.
+PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``; an ``open`` end is excluded."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}" if self.low > -math.inf else ""
+        high = f"{'less than' if self.open_high else 'at most'} {self.high:g}" if self.high < math.inf else ""
+        return " and ".join(part for part in (low, high) if part)
+
+
+_COUNT = Range(low=0)
+_POSITIVE = Range(low=1)
+_ABOVE_0 = Range(low=0, open_low=True)
+_SHARE = Range(low=0, high=1)
+_DECAY = Range(low=0, high=1, open_high=True)
+
+RANGES: Mapping[str, Range] = {
+    "seed": _COUNT,
+    "data.max_broken": _SHARE,
+    "data.rooms.scenes": Range(low=3),  # one for each split
+    "data.rooms.views": _POSITIVE,
+    "data.rooms.width": Range(low=16),
+    "data.rooms.height": Range(low=16),
+    "data.rooms.seed": _COUNT,
+    "data.sources.*.weight": _COUNT,
+    "data.sources.*.frame_stride": _POSITIVE,
+    "data.sources.*.limit": _COUNT,
+    "encoders.*.seed": _COUNT,
+    "encoders.*.height": _POSITIVE,
+    "encoders.*.width": _POSITIVE,
+    "encoders.*.batch_size": _POSITIVE,
+    "service.replicas": _COUNT,
+    "service.batch_wait_s": _COUNT,
+    "service.queue": _POSITIVE,
+    "service.deadline_s": _ABOVE_0,
+    "service.lease_s": _ABOVE_0,
+    "service.num_gpus": _COUNT,
+    "service.release_at": Range(low=0, high=1, open_low=True),
+    "service.threads": _COUNT,
+    "cache.budget_bytes": _COUNT,
+    "cache.shard_bytes": _POSITIVE,
+    "cache.seal_s": _ABOVE_0,
+    "cache.lookahead_bytes": _POSITIVE,
+    "recipe.quotas.*": _COUNT,
+    "recipe.view_set.target_ratio": _DECAY,
+    "recipe.view_set.stride": _POSITIVE,
+    "recipe.losses.*": _COUNT,
+    "trainer.steps": _POSITIVE,
+    "trainer.micro_batch": _POSITIVE,
+    "trainer.accumulation": _POSITIVE,
+    "trainer.lr": _ABOVE_0,
+    "trainer.min_lr_ratio": _SHARE,
+    "trainer.warmup_steps": _COUNT,
+    "trainer.weight_decay": _COUNT,
+    "trainer.clip_norm": _COUNT,
+    "trainer.ema": _DECAY,
+    "trainer.max_skipped_steps": _COUNT,
+    "trainer.checkpoint_every": _COUNT,
+    "trainer.keep_checkpoints": _POSITIVE,
+    "trainer.validate_every": _COUNT,
+    "trainer.log_every": _POSITIVE,
+    "trainer.threads": _COUNT,
+    "trainer.prefetch_steps": _POSITIVE,
+    "trainer.lookahead_steps": _POSITIVE,
+    "peft.rank": _POSITIVE,
+    "peft.alpha": _ABOVE_0,
+    "peft.dropout": _DECAY,
+    "cluster.roles.*.num_cpus": _COUNT,
+    "cluster.roles.*.num_gpus": _COUNT,
+    "cluster.roles.*.memory_gb": _COUNT,
+    "cluster.nodes.*.count": _POSITIVE,
+    "cluster.nodes.*.num_cpus": _COUNT,
+    "cluster.nodes.*.num_gpus": _COUNT,
+    "cluster.nodes.*.memory_gb": _ABOVE_0,
+    "cluster.nodes.*.gpu_memory_gb": _COUNT,
+    "cluster.nodes.*.resources.*": _COUNT,
+    "cluster.nodes.*.tflops": _ABOVE_0,
+    "cluster.max_failures": _COUNT,
+    "cluster.start_timeout_s": _ABOVE_0,
+    "cluster.object_store_bytes": Range(low=75 * 2**20),  # Ray refuses less
+}
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """One message for every rule that ``config`` breaks: key, value seen, what is allowed, what to do."""
+    for path, pattern, value in leaves(config):
+        if pattern in ALLOWED and value not in ALLOWED[pattern]:
+            allowed = ALLOWED[pattern]
+            yield f"{path}={value!r} is not allowed.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}"
+        if pattern in RANGES and value not in RANGES[pattern]:
+            yield f"{path}={value} is out of range: it must be {RANGES[pattern]}"
+    for rule in _RULES:
+        yield from rule(config)
+
+
+def leaves(config: Any) -> Iterator[tuple[str, str, Any]]:
+    """(path, pattern, value) of every leaf; in a pattern ``*`` stands for an entry of a dictionary."""
+    for item in dataclasses.fields(config):
+        yield from _leaves(item.name, item.name, getattr(config, item.name))
+
+
+def _leaves(path: str, pattern: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            yield from _leaves(f"{path}.{item.name}", f"{pattern}.{item.name}", getattr(value, item.name))
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _leaves(f"{path}.{name}", f"{pattern}.*", entry)
+    else:
+        yield path, pattern, value
+
+
+def _run(config: RunConfig) -> Iterator[str]:
+    if config.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        yield (
+            f"name={config.name!r} is not a folder name: use letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    root = config.storage.root
+    if not is_uri(root) and not root.startswith("/"):
+        yield (
+            f"storage.root={root!r} is relative: a worker on another node, or a submitted job, has another working "
+            "folder; give an absolute folder, one that begins with ~, or a URI such as s3://bucket/folder"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    sources = config.data.sources
+    if not sources:
+        yield "data.sources is empty: choose data=rooms, or another option of the group data"
+    elif not any(source.weight > 0 for source in sources.values()):
+        yield "data.sources: every weight is 0, so there is nothing to draw; give one source a positive weight"
+    for name, source in sources.items():
+        if not source.root and source.format != "rooms":
+            yield f"data.sources.{name}.root is empty: a source of format {source.format} needs its folder or file"
+        for split in source.splits:
+            if split not in SPLITS:
+                yield f"data.sources.{name}.splits.{split}: no such split.{nearest(split, SPLITS)} Allowed: " + (
+                    ", ".join(SPLITS)
+                )
+
+
+def _recipe(config: RunConfig) -> Iterator[str]:
+    quotas = config.recipe.quotas
+    if not sum(quotas.values()) > 0:
+        yield f"recipe.quotas={quotas} gives no kind of micro-batch a share; one must be above 0"
+    if config.recipe.features not in config.encoders:
+        names = ", ".join(config.encoders) or "none"
+        yield (
+            f"recipe.features={config.recipe.features!r} names no encoder."
+            f"{nearest(config.recipe.features, config.encoders)} Encoders: {names}"
+        )
+    for key, ends in (("views", config.recipe.view_set.views), ("interval", config.recipe.view_set.interval)):
+        if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+            yield f"recipe.view_set.{key}={ends} must be [smallest,largest], with 1 <= smallest <= largest"
+    roles = ROLES.get(config.recipe.name, ())
+    for role in roles:
+        if role not in config.cluster.roles:
+            yield f"cluster.roles has no {role!r}, which recipe {config.recipe.name} trains; add cluster.roles.{role}"
+    for role in config.cluster.roles:
+        if roles and role not in roles:
+            yield (
+                f"cluster.roles.{role}: recipe {config.recipe.name} has no such role.{nearest(role, roles)} "
+                f"Roles: {', '.join(roles)}"
+            )
+
+
+def _encoders(config: RunConfig) -> Iterator[str]:
+    for name, encoder in config.encoders.items():
+        path = f"encoders.{name}"
+        yield from _layers(path, encoder)
+        yield from _patches(path, encoder)
+        if not encoder.weights:
+            yield f"{path}.weights is empty: give random, a folder, or a hub name such as facebook/dinov2-small"
+        if encoder.weights != "random" and encoder.arch:
+            yield (
+                f"{path}.arch={encoder.arch} contradicts {path}.weights={encoder.weights}: weights come with their "
+                "architecture; remove arch, or set weights=random"
+            )
+        if encoder.upstream and encoder.upstream not in config.encoders:
+            yield (
+                f"{path}.upstream={encoder.upstream!r} names no encoder."
+                f"{nearest(encoder.upstream, config.encoders)} Encoders: {', '.join(config.encoders)}"
+            )
+        elif _is_circular(name, config.encoders):
+            yield f"{path}.upstream={encoder.upstream!r} reads, in the end, its own records; break the circle"
+
+
+def _layers(path: str, encoder: EncoderConfig) -> Iterator[str]:
+    layers = encoder.layers
+    if any(layer < 1 for layer in layers) or sorted(set(layers)) != layers:
+        yield f"{path}.layers={layers} must be increasing layer numbers counted from 1, each once"
+    depth = encoder.arch.get("num_hidden_layers")
+    if isinstance(depth, int) and layers and max(layers) > depth:
+        yield f"{path}.layers={layers} goes beyond the {depth} layers of {path}.arch.num_hidden_layers"
+
+
+def _patches(path: str, encoder: EncoderConfig) -> Iterator[str]:
+    patch = encoder.arch.get("patch_size", PATCH_SIZE.get(encoder.family))
+    if not isinstance(patch, int) or patch < 1:
+        return  # the size of the weights is checked when they are opened
+    for key, pixels in (("height", encoder.height), ("width", encoder.width)):
+        if pixels % patch:
+            below, above = pixels // patch * patch, (pixels // patch + 1) * patch
+            yield (
+                f"{path}.{key}={pixels} is not a multiple of the patch size {patch}; "
+                f"the nearest that are: {', '.join(str(n) for n in (below, above) if n)}"
+            )
+
+
+def _is_circular(name: str, encoders: Mapping[str, EncoderConfig]) -> bool:
+    seen, current = {name}, encoders[name].upstream
+    while current in encoders:
+        if current in seen:
+            return True
+        seen.add(current)
+        current = encoders[current].upstream
+    return False
+
+
+def _cache(config: RunConfig) -> Iterator[str]:
+    cache = config.cache
+    if cache.root and not cache.root.startswith("/"):
+        yield (
+            f"cache.root={cache.root!r} must be an absolute folder on a local disk: the node-local tier is read by "
+            "memory mapping; a shared folder or a URI goes into cache.remote"
+        )
+    if not cache.root and is_uri(config.storage.root):
+        yield (
+            f"cache.root is empty and storage.root={config.storage.root} is a URI: the node-local tier of the cache "
+            "needs a local folder; give cache.root=/folder/on/a/local/disk"
+        )
+    if cache.remote and not is_uri(cache.remote) and not cache.remote.startswith("/"):
+        yield f"cache.remote={cache.remote!r} must be an absolute folder or a URI such as s3://bucket/folder"
+    if cache.mode == "never" and cache.remote:
+        yield f"cache.remote={cache.remote} contradicts cache.mode=never: nothing is stored; drop one of the two"
+    if cache.mode == "never" and cache.codec != "none":
+        yield f"cache.codec={cache.codec} contradicts cache.mode=never: nothing is stored; drop one of the two"
+    if 0 < cache.budget_bytes < cache.shard_bytes:
+        yield (
+            f"cache.budget_bytes={cache.budget_bytes} is smaller than one shard "
+            f"(cache.shard_bytes={cache.shard_bytes}); raise the first or lower the second"
+        )
+
+
+def _trainer(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if len(trainer.betas) != 2 or any(beta not in _DECAY for beta in trainer.betas):
+        yield f"trainer.betas={trainer.betas} must be two numbers, each {_DECAY}"
+    if trainer.warmup_steps >= trainer.steps > 1:
+        yield (
+            f"trainer.warmup_steps={trainer.warmup_steps} must be less than trainer.steps={trainer.steps}, "
+            "or the learning rate never reaches its peak"
+        )
+    if config.peft.method == "none" and config.peft.targets:
+        yield f"peft.targets={config.peft.targets} has no effect with peft.method=none; choose peft=lora"
+
+
+def _cluster(config: RunConfig) -> Iterator[str]:
+    cluster = config.cluster
+    if cluster.mode == "attach" and not cluster.address:
+        yield "cluster.mode=attach needs cluster.address: ray://host:port, host:port, or auto inside a submitted job"
+    if cluster.mode != "attach" and cluster.address:
+        yield (
+            f"cluster.address={cluster.address!r} contradicts cluster.mode={cluster.mode}: "
+            "it is used with cluster=attach only"
+        )
+    if not cluster.nodes:
+        yield "cluster.nodes is empty: describe at least one kind of node, such as cluster.nodes.local.num_cpus=2"
+    gpus = [(f"cluster.roles.{name}.num_gpus", role.num_gpus) for name, role in cluster.roles.items()]
+    for path, value in [*gpus, ("service.num_gpus", config.service.num_gpus)]:
+        if value > 1 and value != int(value):
+            yield f"{path}={value} must be a whole number above 1: a fraction shares one GPU, it cannot span several"
+    for name, role in cluster.roles.items():
+        yield from _workers(f"cluster.roles.{name}.workers", role, config)
+
+
+def _workers(path: str, role: RoleConfig, config: RunConfig) -> Iterator[str]:
+    sizes, batch = role.workers, config.trainer.micro_batch
+    if len(sizes) not in (1, 2) or any(n < 1 for n in sizes) or sorted(sizes) != sizes:
+        yield f"{path}={sizes} must be [n], or [min,max] with 1 <= min <= max for an elastic group"
+        return
+    for size in sizes:
+        if batch % size:
+            divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+            yield (
+                f"trainer.micro_batch={batch} cannot be divided among {size} workers ({path}={sizes}); "
+                f"sizes that divide it: {', '.join(map(str, divisors))}"
+            )
+    if sizes[-1] > 1 and config.cluster.mode == "inline":
+        yield f"{path}={sizes} contradicts cluster.mode=inline, which has one process; choose cluster=local"
+    if sizes[-1] > 1 and config.backend.name == "single":
+        yield f"{path}={sizes} contradicts backend.name=single, which has one worker; choose backend=ddp"
+
+
+_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _run,
+    _data,
+    _recipe,
+    _encoders,
+    _cache,
+    _trainer,
+    _cluster,
+)
