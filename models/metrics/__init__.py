@@ -1,1 +1,1 @@
-
+"""Published metrics. Each accumulates sums that add up over ranks, and states its variant."""

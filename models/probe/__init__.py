@@ -1,1 +1,1 @@
-
+"""Probe heads on frozen features: what the papers judge an encoder by."""

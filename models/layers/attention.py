@@ -1,0 +1,39 @@
+"""Multi-head self-attention with one fused projection, through torch's scaled dot-product kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.errors import ModelError
+
+Rotate = Callable[[Tensor], Tensor]
+"""Turns queries and keys (B, heads, N, head width) by their positions, e.g. rotary embeddings."""
+
+
+class Attention(nn.Module):
+    """Self-attention of ``heads`` heads over tokens (B, N, width).
+
+    ``qk_norm`` normalises queries and keys per head before they meet, which keeps the logits bounded.
+    """
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, qk_norm: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ModelError(f"attention: width {width} is not divisible by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *, rotate: Rotate | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, N, width) -> (B, N, width). ``mask`` broadcasts to (B, heads, N, N); True (or 0.0) lets through."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))

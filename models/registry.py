@@ -1,0 +1,57 @@
+"""The table of models: a name, and where its :class:`ModelSpec` is defined.
+
+The table is written out, so that a name can be searched for, and the modules behind it are imported only when a
+model is asked for. A name is ``family-size``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+
+from torch import nn
+
+from models.errors import ModelError
+from models.spec import ModelSpec
+
+_TABLE: dict[str, str] = {
+    "probe-tiny": "models.probe.spec:PROBE_TINY",
+    "probe-small": "models.probe.spec:PROBE_SMALL",
+    "probe-base": "models.probe.spec:PROBE_BASE",
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names in the registry that match a glob, sorted."""
+    return sorted(fnmatch.filter(_TABLE, pattern))
+
+
+def spec(name: str) -> ModelSpec:
+    """The description of the model called ``name``; ModelError names the nearest ones where there is none."""
+    if name not in _TABLE:
+        near = difflib.get_close_matches(name, _TABLE, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f"model.name: there is no model {name!r}{hint} All names: {', '.join(list_models())}")
+    module, attribute = _TABLE[name].split(":")
+    found = getattr(importlib.import_module(module), attribute)
+    assert isinstance(found, ModelSpec), f"{_TABLE[name]} is not a ModelSpec"
+    return found
+
+
+def build(name: str, **overrides: object) -> nn.Module:
+    """Build a model by name; ``overrides`` go on top of the size's defaults.
+
+    Works under ``torch.device("meta")``, which gives names and shapes without the memory. ModelError for an
+    unknown name, for an override that the model does not know, and for sizes that it cannot have.
+    """
+    found = spec(name)
+    unknown = sorted(set(overrides) - set(found.defaults))
+    if unknown:
+        raise ModelError(
+            f"model.overrides: {name} has no setting {', '.join(map(repr, unknown))}; "
+            f"it has {', '.join(sorted(found.defaults))}"
+        )
+    module = found.build(**{**found.defaults, **overrides})
+    module.model_name = name  # type: ignore[assignment]  # how load_reference finds the published names again
+    return module
