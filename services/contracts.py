@@ -198,7 +198,7 @@ class PlanSample:
     """One row of the epoch plan: everything that determines a training sample, nothing of its pixels."""
 
     id: str
-    """Unique within an epoch: ``source/item#n`` with n counting draws of the same item."""
+    """Unique within an epoch: ``source/item#kindN``, N being the unit of the item (for ``view``, the view)."""
     source: str
     item: str
     kind: str
@@ -208,6 +208,8 @@ class PlanSample:
     questions: tuple[str, ...] = ()
     length: int = 0
     """Tokens, where the source states them; packing is planned from it."""
+    weight: float = 1.0
+    """0 for a filler that completes the last batch of a pass over a whole split."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
