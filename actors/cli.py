@@ -1,0 +1,176 @@
+"""The command line: ``loom3d VERB [options] [group=option ...] [key=value ...]``, the same as ``python -m actors``.
+
+A flat table of verbs; what a verb needs is imported when it runs, so that ``--help`` answers at once. What a user
+can cause (``services.errors.USER_ERRORS``) is printed as one message and ends with status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors import commands
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_INTRO = """usage: loom3d VERB [options] [group=option ...] [key=value ...]
+
+Trains models that understand and generate 3D scenes, from cached frozen features, on Ray.
+
+  loom3d train recipe=probe size=tiny data=rooms trainer.lr=3e-4
+  loom3d plan  recipe=probe size=small --json
+"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a verb, as argparse takes it."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+def _option(name: str, **settings: Any) -> Option:
+    return Option(name, settings)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb does, and which arguments it takes beside overrides of the configuration."""
+
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    options: tuple[Option, ...] = ()
+    configured: bool = True
+    """Takes overrides (``key=value``) and ``--config``."""
+
+
+_JSON = _option("--json", action="store_true", help="print JSON instead of tables")
+
+VERBS: Mapping[str, Verb] = {
+    "train": Verb(commands.train, "train a model; resumes a run of the same name"),
+    "plan": Verb(
+        commands.plan,
+        "say what a run needs (resources, memory, cache, time) without starting it",
+        (
+            _JSON,
+            _option("--rates", metavar="RUN", help="run folder whose measured rates replace the configured ones"),
+            _option("--address", metavar="ADDRESS", help="take the nodes from this running cluster"),
+        ),
+    ),
+    "config show": Verb(commands.config_show, "print the composed configuration as YAML"),
+    "config keys": Verb(
+        commands.config_keys,
+        "print every key with its type, default and meaning",
+        (_option("pattern", nargs="?", default="", help="only keys that contain this"),),
+        configured=False,
+    ),
+    "models": Verb(
+        commands.models,
+        "list the models",
+        (_option("pattern", nargs="?", default="*", help="a glob, such as 'probe-*'"),),
+        configured=False,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0 done, 1 not fine (a check), 2 refused, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"loom3d {_version()}")
+        return 0
+    name, rest = _find(arguments)
+    if name not in VERBS:
+        return _unknown(name, rest)
+    args = _parser(name, VERBS[name]).parse_intermixed_args(rest)
+    return _run(VERBS[name], args)
+
+
+def _run(verb: Verb, args: argparse.Namespace) -> int:
+    try:
+        return verb.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has enough; keep the interpreter from complaining about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _user_errors() as error:  # evaluated only when something was raised: the tuple's module imports torch
+        if args.debug:
+            raise
+        kind = "" if type(error).__name__ == "ConfigError" else f"{type(error).__name__}: "
+        print(f"loom3d: {kind}{error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    from services.errors import USER_ERRORS
+
+    # A folder that cannot be read or written is for the user to change, too.
+    return (*USER_ERRORS, PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+def _find(arguments: list[str]) -> tuple[str, list[str]]:
+    """(verb, what follows it); verbs of a group have two words."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in VERBS:
+            return name, arguments[words:]
+    return arguments[0], arguments[1:]
+
+
+def _unknown(name: str, rest: list[str]) -> int:
+    group = [verb for verb in VERBS if verb.startswith(f"{name} ")]
+    wanted = next((word for word in rest if not word.startswith("-")), "")
+    if group and not wanted:
+        print(f"usage: loom3d {name} VERB ...\n\n" + _table(group))
+        return 0 if rest else USER_ERROR
+    asked = f"{name} {wanted}" if group else name
+    close = difflib.get_close_matches(asked, VERBS, n=1, cutoff=0.5)
+    hint = f" Did you mean `loom3d {close[0]}`?" if close else ""
+    print(f"loom3d: there is no verb `{asked}`.{hint} Verbs: {', '.join(VERBS)}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"loom3d {name}", description=verb.help, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for option in verb.options:
+        parser.add_argument(option.name, **option.settings)
+    if verb.configured:
+        parser.add_argument("--config", metavar="FILE", help="start from a saved configuration (config.yaml of a run)")
+        parser.add_argument("overrides", nargs="*", help="group=option or key=value; see `loom3d config keys`")
+    return parser
+
+
+def _overview() -> str:
+    return f"{_INTRO}\nverbs (loom3d VERB --help says more):\n{_table(list(VERBS))}"
+
+
+def _table(names: Sequence[str]) -> str:
+    width = max(len(name) for name in names) + 2
+    return "\n".join(f"  {name:<{width}}{VERBS[name].help}" for name in names)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("loom3d")
+    except PackageNotFoundError:  # shipped as a folder by `ray job submit`, not installed
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
