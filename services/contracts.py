@@ -279,6 +279,8 @@ class FeatureRequest:
     """Name of the encoder in the run's config (``encoders.<name>``)."""
     sample_id: str
     images: tuple[ImageRef, ...] = ()
+    digests: tuple[str, ...] = ()
+    """Content digests of ``images``: they are in the key; `features why` compares them one by one."""
     roles: tuple[Role, ...] = ()
     text: str | None = None
     transform: dict[str, Any] = field(default_factory=dict)
