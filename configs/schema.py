@@ -52,6 +52,32 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuestionsConfig:
+    # Seed of the choice of objects, wrong options and letters.
+    seed: int = 0
+    # At most this many questions of each type for one scene.
+    per_scene: int = 8
+    # At most this many views, evenly spaced, belong to a question.
+    max_views: int = 32
+    # An object is visible in a view that it fills to at least this share of the pixels.
+    min_visible: float = 0.002
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChecksConfig:
+    # A view must share at least this part of its pixels with some other view of the scene.
+    min_overlap: float = 0.05
+    # Least plausible median depth of a view, metres.
+    min_depth: float = 0.1
+    # Largest plausible median depth of a view, metres.
+    max_depth: float = 30.0
+    # Two pictures whose 64-bit perceptual hashes differ in at most this many bits are near-duplicates.
+    duplicate_bits: int = 1
+    # Threads that read and check files.
+    threads: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     # Where samples come from, by a name of your choice.
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -61,6 +87,10 @@ class DataConfig:
     max_broken: float = 0.01
     # File of sample or scene ids to leave out, as written by `loom3d data check`; "" for none.
     quarantine: str = ""
+    # Questions made from the instances of a scene (`loom3d data questions`).
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    # What `loom3d data check` calls a fault.
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
