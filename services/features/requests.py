@@ -1,0 +1,127 @@
+"""From a planned sample to what an encoder is asked for. Only the manifest is read; no pixels, no encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from configs.schema import EncoderConfig, RunConfig
+from models.encoders.base import InputKind
+from models.encoders.families import input_kind
+from services.contracts import FeatureRequest, ImageRef, Item, PlanSample, Scene, ViewRole
+from services.errors import ConfigError, DataError
+from services.features.keys import feature_key
+
+
+class ManifestLike(Protocol):
+    """What is needed of a manifest."""
+
+    def entry(self, entry_id: str, /) -> Any:
+        """The entry with its content digests, one a view."""
+
+    def scene(self, entry_id: str, /) -> Scene | Item:
+        """The scene or item, its paths absolute."""
+
+
+def encoder_config(name: str, config: RunConfig) -> EncoderConfig:
+    """The settings of ``encoders.<name>``; ConfigError lists the encoders there are."""
+    if name not in config.encoders:
+        raise ConfigError(f"there is no encoder {name!r}; the config has encoders {sorted(config.encoders)}")
+    return config.encoders[name]
+
+
+def feature_requests(
+    sample: PlanSample,
+    manifest: ManifestLike,
+    encoder_name: str,
+    config: RunConfig,
+    *,
+    transform: Mapping[str, Any] | None = None,
+) -> list[FeatureRequest]:
+    """What ``sample`` needs of an encoder: one request a view, or one for all views where it reads them together.
+
+    ``transform`` holds per-sample parameters of the preprocessing; they are part of the key. DataError when the
+    sample names a view that its scene does not have, or the encoder takes text (see :func:`text_request`).
+    """
+    settings = encoder_config(encoder_name, config)
+    kind = input_kind(settings.family)
+    if kind is InputKind.TEXT:
+        raise DataError(f"encoder {encoder_name!r} takes text; sample {sample.id!r} gives it pictures")
+    if kind is InputKind.RECORD:
+        before = feature_requests(sample, manifest, settings.upstream, config, transform=transform)
+        return [_chained(encoder_name, request) for request in before]
+    images, digests = _pictures(sample, manifest)
+    if kind is InputKind.IMAGE:
+        # The role of a single picture changes nothing of its features, so it stays out of the key.
+        return [
+            _request(sample, encoder_name, (image,), (digest,), (), transform)
+            for image, digest in zip(images, digests, strict=True)
+        ]
+    return [_request(sample, encoder_name, images, digests, sample.views, transform)]
+
+
+def feature_request(
+    sample: PlanSample,
+    manifest: ManifestLike,
+    encoder_name: str,
+    config: RunConfig,
+    *,
+    transform: Mapping[str, Any] | None = None,
+) -> FeatureRequest:
+    """The single request of a sample. DataError when it has several views and the encoder reads them one by one."""
+    requests = feature_requests(sample, manifest, encoder_name, config, transform=transform)
+    if len(requests) != 1:
+        raise DataError(
+            f"sample {sample.id!r} has {len(requests)} views and encoder {encoder_name!r} reads one; "
+            "ask for feature_requests"
+        )
+    return requests[0]
+
+
+def text_request(text: str, sample_id: str, encoder_name: str) -> FeatureRequest:
+    """The request for the features of a text."""
+    return FeatureRequest(key=feature_key((), text=text), encoder=encoder_name, sample_id=sample_id, text=text)
+
+
+def _pictures(sample: PlanSample, manifest: ManifestLike) -> tuple[tuple[ImageRef, ...], tuple[str, ...]]:
+    scene = manifest.scene(sample.item)
+    refs = [view.image for view in scene.views] if isinstance(scene, Scene) else list(scene.images)
+    digests = manifest.entry(sample.item).digests
+    wanted = [view.index for view in sample.views]
+    wrong = [index for index in wanted if not 0 <= index < min(len(refs), len(digests))]
+    if wrong or not wanted:
+        raise DataError(
+            f"sample {sample.id!r} asks for views {wrong or 'none'} of {sample.item!r}, which has {len(refs)}; "
+            "index the source again"
+        )
+    return tuple(refs[i] for i in wanted), tuple(digests[i] for i in wanted)
+
+
+def _request(
+    sample: PlanSample,
+    encoder_name: str,
+    images: tuple[ImageRef, ...],
+    digests: tuple[str, ...],
+    views: tuple[ViewRole, ...],
+    transform: Mapping[str, Any] | None,
+) -> FeatureRequest:
+    roles = tuple(view.role for view in views)
+    return FeatureRequest(
+        key=feature_key(digests, roles=[role.value for role in roles], transform=transform),
+        encoder=encoder_name,
+        sample_id=sample.id,
+        images=images,
+        digests=digests,
+        roles=roles,
+        transform=dict(transform or {}),
+    )
+
+
+def _chained(encoder_name: str, upstream: FeatureRequest) -> FeatureRequest:
+    return FeatureRequest(
+        key=feature_key((), upstream=upstream.key),
+        encoder=encoder_name,
+        sample_id=upstream.sample_id,
+        digests=upstream.digests,
+        upstream=upstream,
+    )
