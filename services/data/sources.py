@@ -1,0 +1,249 @@
+"""From a run's config to manifests: makes rooms on demand, indexes what is new, rereads what changed.
+
+Manifests lie under ``<storage.root>/manifests``, one for each combination of source, folder and settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RoomsConfig, RunConfig, SourceConfig, StorageConfig
+from services.data.ingest import Progress, index_reader
+from services.data.manifest import LAYOUT, Changes, Manifest
+from services.data.readers import Reader, open_reader
+from services.errors import ConfigError, DataError
+from services.telemetry import events
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexReport:
+    """What indexing or revalidating a source found."""
+
+    source: str
+    format: str
+    root: str
+    path: str
+    """File of the manifest."""
+    digest: str
+    entries: int
+    views: int
+    splits: dict[str, int] = field(default_factory=dict)
+    classes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Views that were left out, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Scenes or items that were left out -> why."""
+    changed: dict[str, str] = field(default_factory=dict)
+    """Entries that were read again -> the file that changed."""
+    reused: int = 0
+    """Entries taken from the manifest that was there."""
+    touched: int = 0
+    """Files with new times but the same content."""
+    seconds: float = 0.0
+
+    def lines(self) -> list[str]:
+        """The report as lines of text for a terminal."""
+        splits = ", ".join(f"{name} {count}" for name, count in sorted(self.splits.items()))
+        text = [
+            f"{self.source} ({self.format}): {self.entries} entries, {self.views} views; {splits}",
+            f"  root {self.root}",
+            f"  digest {self.digest[:16]}, {self.reused} entries unchanged, {self.seconds:.1f} s",
+        ]
+        for reason, count in self.dropped.items():
+            text.append(f"  left out {count} views {reason}, e.g. {self.examples.get(reason, '?')}")
+        text += [f"  changed: {entry_id} ({path})" for entry_id, path in list(self.changed.items())[:10]]
+        text += [f"  broken: {entry_id}: {reason}" for entry_id, reason in list(self.broken.items())[:10]]
+        return text
+
+
+def open_sources(
+    config: RunConfig, *, revalidate: bool = True, progress: Progress | None = None
+) -> dict[str, Manifest]:
+    """The manifest of every source of the run.
+
+    Args:
+        config: The run.
+        revalidate: Compare the files behind existing manifests with their stamps. Worker processes that start after
+            the driver did so may pass False.
+        progress: Called with (done, total) while a source is read.
+
+    Raises:
+        ConfigError: No source is configured, or one of its settings is unknown.
+        DataError: A source cannot be read.
+    """
+    return {name: manifest for name, (manifest, _) in _open(config, revalidate, progress).items()}
+
+
+def run_index(config: RunConfig, progress: Progress | None = None) -> list[IndexReport]:
+    """Index or revalidate every source of the run and say what was found (``loom3d data index``)."""
+    return [report for _, report in _open(config, True, progress).values()]
+
+
+def _open(config: RunConfig, revalidate: bool, progress: Progress | None) -> dict[str, tuple[Manifest, IndexReport]]:
+    sources = config.data.sources
+    if not sources:
+        raise ConfigError("data.sources is empty: name at least one source, e.g. data=rooms")
+    opened = {}
+    for name, source in sources.items():
+        with events.span("index", source=name) as fields:
+            resolved = resolve_source(source, config.data.rooms, config.storage, progress)
+            manifest, report = index_source(
+                name,
+                resolved,
+                config.storage,
+                max_broken=config.data.max_broken,
+                revalidate=revalidate,
+                progress=progress,
+            )
+            fields.update(entries=len(manifest), reused=report.reused)
+            opened[name] = (manifest, report)
+    return opened
+
+
+def index_source(
+    name: str,
+    source: SourceConfig,
+    storage: StorageConfig,
+    *,
+    max_broken: float,
+    revalidate: bool = True,
+    workers: int = 8,
+    progress: Progress | None = None,
+) -> tuple[Manifest, IndexReport]:
+    """The manifest of one source, from the file that is there or made anew, and a report.
+
+    A manifest that is damaged is made again. Of one that is there only entries whose files changed are read again,
+    besides those that are new or were broken.
+    """
+    started = time.monotonic()
+    root = Path(source.root).expanduser().absolute()
+    storage_root = Path(storage.root).expanduser()
+    reader = open_reader(root, source, cache=storage_root / "data" / "derived" / name)
+    settings = settings_digest(source, root, reader.version)
+    path = storage_root / "manifests" / f"{name}-{settings[:16]}.arrow"
+    with exclusive(path.with_suffix(".lock")):
+        old = _load_valid(path, settings)
+        if old is not None and not revalidate:
+            return old, _report(source, path, old, None, len(old), started)
+        changes = old.revalidate(workers) if old is not None else None
+        keep = _unchanged(reader, changes)
+        if changes is not None and keep == changes.manifest.ids == reader.list_ids():
+            manifest = changes.manifest
+        else:
+            manifest = index_reader(
+                name,
+                reader,
+                settings,
+                max_broken=max_broken,
+                previous=changes.manifest if changes is not None else None,
+                keep=keep,
+                workers=workers,
+                progress=progress,
+            )
+        if changes is None or changes.touched or manifest is not changes.manifest:
+            manifest.save(path)
+    return manifest, _report(source, path, manifest, changes, len(keep), started)
+
+
+def resolve_source(
+    source: SourceConfig, rooms: RoomsConfig, storage: StorageConfig, progress: Progress | None = None
+) -> SourceConfig:
+    """The source with an absolute root; procedural rooms are made where they are not there yet."""
+    if source.root:
+        return dataclasses.replace(source, root=str(Path(source.root).expanduser().absolute()))
+    if source.format != "rooms":
+        raise ConfigError(f"root is empty; a source of format {source.format!r} needs the folder or file it lies in")
+    return dataclasses.replace(source, root=str(ensure_rooms(rooms, storage, progress)))
+
+
+def rooms_folder(rooms: RoomsConfig, storage: StorageConfig) -> Path:
+    """Where the rooms of this config lie: named by everything that determines them."""
+    from services.data.rooms import GENERATOR_VERSION
+
+    parts = json.dumps([GENERATOR_VERSION, dataclasses.asdict(rooms)], sort_keys=True)
+    digest = hashlib.sha256(parts.encode()).hexdigest()
+    return Path(storage.root).expanduser().absolute() / "data" / f"rooms-{digest[:16]}"
+
+
+def ensure_rooms(rooms: RoomsConfig, storage: StorageConfig, progress: Progress | None = None) -> Path:
+    """Make the rooms of this config unless they are there; returns their folder."""
+    from services.data.rooms import make_rooms
+
+    folder = rooms_folder(rooms, storage)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder.with_suffix(".lock")):
+        return make_rooms(rooms, folder, progress=progress)
+
+
+def settings_digest(source: SourceConfig, root: Path, version: int) -> str:
+    """What a manifest depends on beside the content of files: the reader and how it was asked to read."""
+    settings: dict[str, Any] = dataclasses.asdict(source)
+    # The share of samples that a source gets says nothing about what it holds.
+    del settings["weight"]
+    settings |= {"root": str(root), "reader": version, "layout": LAYOUT}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a file lock: of several processes that start at once, one makes what the others then find."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _load_valid(path: Path, settings: str) -> Manifest | None:
+    if not path.exists():
+        return None
+    try:
+        manifest = Manifest.load(path)
+    except DataError:
+        # Everything in it can be made again from the source, so a damaged manifest costs time and nothing else.
+        return None
+    return manifest if manifest.facts.settings == settings else None
+
+
+def _unchanged(reader: Reader, changes: Changes | None) -> list[str]:
+    """Ids of the entries that need not be read again, in the reader's order."""
+    if changes is None or changes.shared:
+        return []
+    shared = {str(path) for path in reader.shared.files}
+    guarded = {changes.manifest.absolute(guard.path) for guard in changes.manifest.shared_guards()}
+    if not shared <= guarded:
+        return []
+    manifest = changes.manifest
+    return [i for i in reader.list_ids() if i in manifest and i not in changes.changed]
+
+
+def _report(
+    source: SourceConfig, path: Path, manifest: Manifest, changes: Changes | None, reused: int, started: float
+) -> IndexReport:
+    return IndexReport(
+        source=manifest.name,
+        format=source.format,
+        root=str(manifest.root),
+        path=str(path),
+        digest=manifest.digest,
+        entries=len(manifest),
+        views=manifest.count_views(),
+        splits=manifest.splits(),
+        classes=sum(bool(name) for name in manifest.classes),
+        dropped=dict(manifest.dropped()),
+        examples=manifest.facts.examples,
+        broken=manifest.facts.broken,
+        changed=changes.changed if changes is not None else {},
+        reused=reused,
+        touched=changes.touched if changes is not None else 0,
+        seconds=time.monotonic() - started,
+    )

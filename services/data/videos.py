@@ -1,0 +1,91 @@
+"""Frames of a video by index, through PyAV. The index counts decoded frames in the order of presentation."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from services.errors import DataError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+
+def decoder_version() -> str:
+    """Name and version of what turns a video into pixels; part of the content digest of a frame."""
+    import av
+
+    libraries = "-".join(f"{part}" for part in av.library_versions.get("libavcodec", ()))
+    return f"av-{av.__version__}/libavcodec-{libraries}"
+
+
+def frame_times(path: Path) -> tuple[float, ...]:
+    """Seconds of each frame from the first one, in the order of presentation. Cached until the file changes."""
+    index = _index(path, _stamp(path))
+    return tuple((pts - index.pts[0]) * index.time_base for pts in index.pts)
+
+
+def frame_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the video's frames in pixels."""
+    index = _index(path, _stamp(path))
+    return index.width, index.height
+
+
+def load_frame(path: Path, frame: int) -> np.ndarray:
+    """Frame ``frame`` as uint8 (H, W, 3) RGB. DataError when the video does not decode or has no such frame."""
+    index = _index(path, _stamp(path))
+    if not 0 <= frame < len(index.pts):
+        raise DataError(f"{path}: has {len(index.pts)} frames, frame {frame} was asked for")
+    wanted = index.pts[frame]
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            # The keyframe at or before the wanted one; from there frames come in order of presentation.
+            container.seek(wanted, stream=stream, backward=True)
+            for decoded in container.decode(stream):
+                if decoded.pts == wanted:
+                    return decoded.to_ndarray(format="rgb24")
+                if decoded.pts is not None and decoded.pts > wanted:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path}: frame {frame} does not decode ({error})") from error
+    raise DataError(f"{path}: frame {frame} does not decode; the video is truncated or damaged")
+
+
+class _Index:
+    """Presentation times of a video's frames, from its packets: nothing is decoded but the first frame."""
+
+    def __init__(self, container: InputContainer, path: Path) -> None:
+        if not container.streams.video:
+            raise DataError(f"{path}: the file has no video stream")
+        stream = container.streams.video[0]
+        self.width, self.height = int(stream.width), int(stream.height)
+        self.time_base = float(stream.time_base or 0)
+        self.pts = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+        if not self.pts or not self.time_base or not self.width:
+            raise DataError(f"{path}: the video has no frames that can be addressed (no presentation times)")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def _index(path: Path, _version: tuple[int, int]) -> _Index:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return _Index(container, path)
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path}: not a readable video ({error})") from error
