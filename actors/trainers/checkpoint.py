@@ -1,0 +1,268 @@
+"""Checkpoints of one role: what is trained, the optimiser, the generators; complete or not there at all.
+
+A checkpoint is a folder ``step-<n>`` with ``weights.safetensors`` (trained parameters and buffers),
+``ema.safetensors``, ``optimizer.safetensors``, ``state.json`` and, written last, ``manifest.json`` with the size and
+sha256 of every file. It is written under another name, flushed, and renamed, so a kill at any instant leaves either
+the whole or something that is not taken for a checkpoint. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from actors.trainers.loop import LoopState, TrainLoop
+from actors.trainers.optim import trainable
+from services.errors import ResumeError
+
+_log = logging.getLogger("loom3d")
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a checkpoint belongs to: it may only be resumed by a run of the same settings and data."""
+
+    settings: Mapping[str, Any]
+    """Flat settings that decide the training, e.g. {"trainer.lr": 0.001}; JSON values."""
+    plan: str
+    """Digest of the training plan, which covers the manifests and the quarantine list."""
+
+    def digest(self) -> str:
+        """Hex sha256 of the settings."""
+        return hashlib.sha256(json.dumps(dict(self.settings), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A valid checkpoint on disk."""
+
+    folder: Path
+    step: int
+    manifest: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one role in one folder: the newest ``keep``, and the best one."""
+
+    def __init__(self, folder: Path, identity: Identity, *, keep: int) -> None:
+        self.folder, self.identity, self.keep = folder, identity, max(1, keep)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def save(self, loop: TrainLoop, *, best: bool) -> None:
+        """Write the loop's state. Every rank calls it; rank 0 writes, then drops what is no longer kept."""
+        states = loop.backend.exchange(loop.random.state())
+        if loop.backend.rank == 0:
+            state = {"loop": loop.state.as_dict(), "random": states, "optimizer": _optimizer_scalars(loop)}
+            self._write(loop, state, best)
+            self._drop()
+        loop.backend.exchange("saved")
+
+    def _write(self, loop: TrainLoop, state: Mapping[str, Any], best: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"step-{loop.state.step:08d}"
+        draft = self.folder / f".writing-{name}-{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        save_file(_detached(saved_tensors(loop.module)), draft / "weights.safetensors")
+        if loop.average is not None:
+            save_file(_detached(loop.average.weights), draft / "ema.safetensors")
+        save_file(_optimizer_tensors(loop), draft / "optimizer.safetensors")
+        (draft / "state.json").write_text(json.dumps(state))
+        manifest = {
+            "format": _FORMAT,
+            "step": loop.state.step,
+            "best": best,
+            "settings": dict(self.identity.settings),
+            "settings_digest": self.identity.digest(),
+            "plan": self.identity.plan,
+            "files": {path.name: _fingerprint(path) for path in sorted(draft.iterdir())},
+        }
+        for path in draft.iterdir():
+            _flush(path)
+        (draft / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(draft / _MANIFEST)
+        _flush(draft)
+        final = self.folder / name
+        if final.exists():  # an earlier life of this run got as far as this step
+            shutil.rmtree(final)
+        draft.rename(final)
+        _flush(self.folder)
+
+    def _drop(self) -> None:
+        """Remove all but the newest ``keep`` and the newest best, and drafts that a killed process left."""
+        found = list(self._candidates())
+        best = next((f.step for f in found if f.manifest["best"]), None)
+        for checkpoint in found[self.keep :]:
+            if checkpoint.step != best:
+                shutil.rmtree(checkpoint.folder)
+        for draft in self.folder.glob(".writing-*"):
+            shutil.rmtree(draft, ignore_errors=True)
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def newest(self) -> Found | None:
+        """The newest valid checkpoint, or None. A torn one is skipped with a warning.
+
+        ResumeError if it belongs to other settings or data; the message says which.
+        """
+        for found in self._candidates():
+            problem = _problem(found)
+            if problem:
+                _log.warning("%s is skipped: %s", found.folder, problem)
+                continue
+            self._check_identity(found)
+            return found
+        return None
+
+    def best(self) -> Found | None:
+        """The newest valid checkpoint that was the best of its run when it was saved; the newest if none was."""
+        for found in self._candidates():
+            if found.manifest["best"] and not _problem(found):
+                return found
+        return self.newest()
+
+    def _candidates(self) -> Iterator[Found]:
+        """Folders with a readable manifest, newest first."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                manifest = json.loads((folder / _MANIFEST).read_text())
+                yield Found(folder=folder, step=int(manifest["step"]), manifest=manifest)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _log.warning("%s is skipped: its %s cannot be read (%s)", folder, _MANIFEST, error)
+
+    def _check_identity(self, found: Found) -> None:
+        theirs, ours = found.manifest["settings"], self.identity.settings
+        differing = [
+            f"{key}: {theirs.get(key)!r} then, {ours.get(key)!r} now"
+            for key in sorted({*theirs, *ours})
+            if theirs.get(key) != json.loads(json.dumps(ours.get(key)))
+        ]
+        if not differing and found.manifest["plan"] != self.identity.plan:
+            differing = ["the data or the quarantine list (the plan's digest changed)"]
+        if differing:
+            raise ResumeError(
+                f"{found.folder} belongs to another run: {'; '.join(differing)}. Choose another `name=`, set "
+                "trainer.resume=never to start anew, or restore these settings"
+            )
+
+
+def resume(loop: TrainLoop, found: Found) -> None:
+    """Put the loop where the checkpoint left it, to the bit for the same number of ranks."""
+    load_weights(loop.module, found)
+    if loop.average is not None:
+        averaged = _read(found, "ema.safetensors")
+        for name, tensor in loop.average.weights.items():
+            tensor.copy_(averaged[name])
+    state = json.loads((found.folder / "state.json").read_text())
+    loop.state = LoopState(**state["loop"])
+    _load_optimizer(loop, _read(found, "optimizer.safetensors"), state["optimizer"])
+    # A rank beyond those that saved keeps its freshly seeded generators.
+    if loop.backend.rank < len(state["random"]):
+        loop.random.load(state["random"][loop.backend.rank])
+
+
+def load_weights(module: nn.Module, found: Found, *, averaged: bool = False) -> None:
+    """The checkpoint's weights and buffers into ``module``; with ``averaged``, the moving average where there is one.
+
+    ResumeError lists what is missing or left over.
+    """
+    tensors = _read(found, "weights.safetensors")
+    if averaged and "ema.safetensors" in found.manifest["files"]:
+        tensors |= _read(found, "ema.safetensors")
+    own = saved_tensors(module)
+    if own.keys() != tensors.keys():
+        raise ResumeError(
+            f"{found.folder} does not fit the model: missing {sorted(own.keys() - tensors.keys())[:10]}, "
+            f"left over {sorted(tensors.keys() - own.keys())[:10]}"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module: trained parameters and persistent buffers; frozen weights are not saved."""
+    parameters = {name for name, _ in module.named_parameters()}
+    names = trainable(module).keys()
+    return {n: t for n, t in module.state_dict(keep_vars=True).items() if n in names or n not in parameters}
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(loop: TrainLoop) -> dict[str, Tensor]:
+    """The optimiser's moments as ``<parameter>/<field>``."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(loop.module).items()}
+    return {
+        f"{names[parameter]}/{key}": value.detach().cpu().contiguous().clone()
+        for parameter, fields in loop.optimizer.state.items()
+        for key, value in fields.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _optimizer_scalars(loop: TrainLoop) -> dict[str, Any]:
+    return {"lr": [group["lr"] for group in loop.optimizer.param_groups]}
+
+
+def _load_optimizer(loop: TrainLoop, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    parameters = trainable(loop.module)
+    loop.optimizer.state.clear()
+    for key, tensor in tensors.items():
+        name, field = key.rsplit("/", 1)
+        # Adam's step counter stays on CPU unless the optimiser is fused; moments live beside their parameter.
+        place = tensor.device if tensor.ndim == 0 else parameters[name].device
+        loop.optimizer.state[parameters[name]][field] = tensor.to(place)
+    for group, rate in zip(loop.optimizer.param_groups, scalars["lr"], strict=True):
+        group["lr"] = rate
+
+
+def _read(found: Found, name: str) -> dict[str, Tensor]:
+    path = found.folder / name
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(f"{path} cannot be read: {error}") from error
+
+
+def _problem(found: Found) -> str:
+    """Why a checkpoint is not valid; "" if it is."""
+    if found.manifest.get("format") != _FORMAT:
+        return f"its format is {found.manifest.get('format')!r}, this version reads {_FORMAT}"
+    for name, expected in found.manifest["files"].items():
+        path = found.folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _fingerprint(path) != expected:
+            return f"{name} is torn or changed (its size or sha256 differs from the manifest)"
+    return ""
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
