@@ -1,0 +1,297 @@
+"""The loader of a rank: steps of the plan as torch batches, prepared ahead by a thread of its own.
+
+It reads ready records and copies them into buffers that it uses again. All micro-batches of a step are loaded
+before the step is handed out, so that what turned out broken is known before the first forward.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from configs import RunConfig
+from services.contracts import CacheStats, FeatureKey, FeatureRequest, MicroBatch, PlanSample, Record, Tensor
+from services.errors import CacheError, DataError
+from services.streams.collate import FIXED_KINDS, Collate, Slot
+from services.streams.ledger import Ledger
+from services.streams.plan import EpochPlan, check_world_size
+from services.streams.requests import sample_requests
+from services.streams.rows import PlannedStep
+from services.streams.targets import Targets
+from services.telemetry import events
+
+
+class Client(Protocol):
+    """What the loader asks of ``services.features.client.FeatureClient``."""
+
+    def get(self, requests: Sequence[FeatureRequest], step: int) -> list[Record | BaseException]: ...  # noqa: D102
+    @property
+    def stats(self) -> CacheStats: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedMicroBatch:
+    """A rank's part of a micro-batch. The tensors live in the loader's buffers: see :class:`Loader`."""
+
+    kind: str
+    batch: dict[str, Any]
+    samples: tuple[PlanSample, ...]
+    weights: tuple[float, ...]
+    """1, or 0 for a broken sample or a filler; the same as the column ``weight``."""
+
+
+@dataclass(kw_only=True)
+class LoadedStep:
+    """A step of a rank, all of it loaded."""
+
+    step: int
+    epoch: int
+    micro_batches: list[LoadedMicroBatch]
+    broken: dict[str, str] = field(default_factory=dict)
+    """Sample id -> reason; these samples are zeros with weight 0."""
+    load_s: float = 0.0
+    """Seconds that the loader's thread took."""
+    wait_s: float = 0.0
+    """Seconds that the consumer waited for this step."""
+    hit_rate: float = 0.0
+    """Share of this step's records that the store had."""
+    bytes: int = 0
+    """Bytes of the batches."""
+
+
+class Loader:
+    """Iterates :class:`LoadedStep` for the steps [start_step, stop_step); use it as a context manager.
+
+    The tensors of a step are overwritten after the next step has been asked for: clone what is to be kept, or give
+    ``reuse=False``. An exception in the loading thread is raised where the step is asked for.
+
+    Args:
+        plan: the plan; also of what arrives through ``steps``.
+        rank, world_size: this rank's place; ConfigError unless the micro-batch can be shared evenly.
+        client: feature client; a DataError that it gives in place of a record makes the sample broken.
+        manifests: by source, as the plan's.
+        collate: makes columns of records; the default knows no shapes before the first good sample.
+        config: the run; ``trainer.prefetch_steps`` steps are prepared ahead.
+        steps: planned steps of this rank as a stream delivers them; by default read from the plan.
+        targets: reader of targets; None for batches of features alone.
+        ledger: where broken samples are recorded and counted; None for nowhere.
+        reuse: whether buffers are used again.
+    """
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        *,
+        rank: int,
+        world_size: int,
+        client: Client,
+        manifests: Mapping[str, Any],
+        config: RunConfig,
+        start_step: int,
+        stop_step: int,
+        collate: Collate | None = None,
+        steps: Iterable[PlannedStep] | None = None,
+        targets: Targets | None = None,
+        ledger: Ledger | None = None,
+        reuse: bool = True,
+    ) -> None:
+        check_world_size(plan.micro_batch, world_size)
+        self._client = client
+        self._manifests = manifests
+        self._config = config
+        self._collate = collate or Collate()
+        self._targets = targets
+        self._ledger = ledger
+        self._reuse = reuse
+        planned = (PlannedStep(plan=step) for step in plan.local_steps(rank, world_size, start_step, stop_step))
+        self._steps: Iterator[PlannedStep] = iter(planned if steps is None else steps)
+        self._expected = start_step
+        self._stop_step = stop_step
+        self._closing = threading.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._ready: deque[tuple[Slot, Future[LoadedStep | None]]] = deque()
+        self._lent: Slot | None = None
+        for _ in range(max(1, config.trainer.prefetch_steps)):
+            self._submit(Slot())
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> LoadedStep:
+        """The next step; what the last one gave is used again from here on."""
+        if self._closing.is_set():
+            raise StopIteration
+        slot, self._lent = self._lent, None
+        self._submit(slot if slot is not None and self._reuse else Slot())
+        t0 = time.monotonic()
+        self._lent, future = self._ready.popleft()
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            step = future.result()
+            on_error.pop_all()
+        if step is None:
+            self.close()
+            raise StopIteration
+        step.wait_s = time.monotonic() - t0
+        return step
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop after the step that is being loaded. Safe to call twice."""
+        self._closing.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        close = getattr(self._steps, "close", None)
+        if close is not None:
+            close()
+
+    # -- in the loader's thread -----------------------------------------------------------------------------
+
+    def _submit(self, slot: Slot) -> None:
+        self._ready.append((slot, self._thread.submit(self._load_next, slot)))
+
+    def _load_next(self, slot: Slot) -> LoadedStep | None:
+        """The next planned step, loaded; None after the last."""
+        if self._closing.is_set():
+            return None
+        planned = next(self._steps, None)
+        if planned is None:
+            if self._expected < self._stop_step:
+                raise DataError(f"the stream of plan rows ended before step {self._expected} of {self._stop_step}")
+            return None
+        if planned.plan.step != self._expected:
+            raise DataError(f"the stream gave step {planned.plan.step} where step {self._expected} was due")
+        self._expected += 1
+        t0 = time.time()
+        with events.span("prepare", step=planned.plan.step) as fields:
+            step = self._load(planned, slot)
+            fields |= {"bytes": step.bytes, "hit_rate": step.hit_rate}
+        step.load_s = time.time() - t0
+        return step
+
+    def _load(self, planned: PlannedStep, slot: Slot) -> LoadedStep:
+        plan = planned.plan
+        before = self._client.stats
+        broken: dict[str, str] = {}
+        micro_batches = [
+            self._micro_batch(batch, plan.step, planned.keys, slot, broken) for batch in plan.micro_batches
+        ]
+        after = self._client.stats
+        looked_up = after.hits + after.misses - before.hits - before.misses
+        if broken and self._ledger is not None:
+            self._ledger.add(broken, plan.step)
+        return LoadedStep(
+            step=plan.step,
+            epoch=plan.epoch,
+            micro_batches=micro_batches,
+            broken=broken,
+            hit_rate=(after.hits - before.hits) / looked_up if looked_up else 0.0,
+            bytes=sum(
+                column.nbytes
+                for micro in micro_batches
+                for column in micro.batch.values()
+                if isinstance(column, torch.Tensor)
+            ),
+        )
+
+    def _micro_batch(
+        self, batch: MicroBatch, step: int, keys: Mapping[str, Sequence[FeatureKey]], slot: Slot, broken: dict[str, str]
+    ) -> LoadedMicroBatch:
+        records = self._records(batch.samples, step, keys, broken)
+        columns = self._collate(batch.kind, batch.samples, records, slot, prefix=f"{batch.index}.")
+        return LoadedMicroBatch(
+            kind=batch.kind,
+            batch=columns,
+            samples=batch.samples,
+            weights=tuple(columns["weight"].tolist()),
+        )
+
+    def _records(
+        self, samples: Sequence[PlanSample], step: int, keys: Mapping[str, Sequence[FeatureKey]], broken: dict[str, str]
+    ) -> list[Record | None]:
+        """Features and targets of each sample; None where one of them is broken, with the reason in ``broken``."""
+        good = self._features(samples, step, keys, broken)
+        if self._targets is not None:
+            left = [sample for sample in samples if sample.id in good]
+            for sample, targets in zip(left, self._targets.get(left), strict=True):
+                if isinstance(targets, DataError):
+                    broken[sample.id] = str(targets)
+                    del good[sample.id]
+                else:
+                    good[sample.id] = {**good[sample.id], **targets}
+        return [good.get(sample.id) for sample in samples]
+
+    def _features(
+        self, samples: Sequence[PlanSample], step: int, keys: Mapping[str, Sequence[FeatureKey]], broken: dict[str, str]
+    ) -> dict[str, Record]:
+        """Sample id -> features, for the samples that are not broken. One call to the client for all of them."""
+        wanted: dict[str, list[FeatureRequest]] = {}
+        for sample in samples:
+            try:
+                wanted[sample.id] = sample_requests(sample, self._manifests[sample.source], self._config)
+            except DataError as error:
+                broken[sample.id] = str(error)
+        _check_keys(wanted, keys)
+        flat = [request for requests in wanted.values() for request in requests]
+        answers = iter(self._client.get(flat, step) if flat else ())
+        good: dict[str, Record] = {}
+        for sample in samples:
+            mine = [next(answers) for _ in wanted.get(sample.id, ())]
+            records: list[Record] = []
+            for answer in mine:
+                if isinstance(answer, DataError):
+                    broken.setdefault(sample.id, str(answer))
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    records.append(answer)
+            if sample.id not in broken:
+                stacked = stacks_views(sample.kind, wanted[sample.id])
+                good[sample.id] = _stack(records) if stacked else records[0]
+        return good
+
+
+def stacks_views(kind: str, requests: Sequence[FeatureRequest]) -> bool:
+    """Whether a sample's record has the views as its first axis: all kinds but ``view``, unless one request named
+    all views because the encoder reads them together (it then has roles).
+    """
+    if kind in FIXED_KINDS:
+        return False
+    base = next(iter(requests), None)
+    while base is not None and base.upstream is not None:
+        base = base.upstream
+    return base is None or not base.roles
+
+
+def _stack(records: Sequence[Record]) -> Record:
+    """Records of single views -> one record with the views as the first axis; empty for a sample without views."""
+    names = records[0] if records else {}
+    return {
+        name: Tensor(data=np.stack([record[name].data for record in records]), dtype=records[0][name].dtype)
+        for name in names
+    }
+
+
+def _check_keys(wanted: Mapping[str, Sequence[FeatureRequest]], keys: Mapping[str, Sequence[FeatureKey]]) -> None:
+    """Whoever asked the service for these samples must have meant the same content as this rank."""
+    for sample_id, requests in wanted.items():
+        planned, here = keys.get(sample_id), [request.key for request in requests]
+        if planned is not None and list(planned) != here:
+            raise CacheError(
+                f"{sample_id}: its content on this machine has the keys {[key.hex() for key in here]}, where the "
+                f"plan's rows were made {[key.hex() for key in planned]}; the copies of the data differ, index the "
+                "sources again on every machine"
+            )
