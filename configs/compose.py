@@ -91,10 +91,19 @@ def _split(overrides: Sequence[str]) -> tuple[list[Override], list[Override]]:
 def _parse(text: str) -> Override:
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{text!r} is no override; write group=option or key=value, such as trainer.steps=100")
+    parser = OverridesParser.create()
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = parser.parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}") from error
+        name, _, value = text.partition("=")
+        if value[:1] in ("", "[", "{", "'", '"'):
+            raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}") from error
+        # Hydra's grammar wants quotes around some characters that paths have, such as "~": the text is meant.
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        try:
+            override = parser.parse_override(f"{name}='{quoted}'")
+        except HydraException:
+            raise ConfigError(f"{text!r} cannot be read: {str(error).splitlines()[0]}") from error
     if override.is_sweep_override():
         raise ConfigError(f"{text!r} is a sweep; give one value, or quote a text that holds a comma")
     return override
@@ -156,11 +165,7 @@ def _apply(tree: dict[str, Any], override: Override) -> None:
             raise ConfigError(f"~{'.'.join(path)}: there is no such key to remove.{nearest(last, node)}")
         del node[last]
         return
-    value = _plain(override.value())
-    if isinstance(value, dict) and isinstance(node.get(last), dict):
-        node[last] = {**node[last], **value}
-    else:
-        node[last] = value
+    node[last] = _plain(override.value())
 
 
 def _plain(value: Any) -> Any:

@@ -95,7 +95,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    # Family: dinov2 | dinov3 | radio | siglip2 | clip.
+    # Family: dinov2 | dinov3 | radio | siglip2 | clip (images), siglip2_text | clip_text (texts),
+    # pooled | projection (records of another encoder).
     family: str = "dinov2"
     # "random" (initialised from `seed`), a local folder, or a hub name.
     weights: str = "random"

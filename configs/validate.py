@@ -21,13 +21,16 @@ SPLITS = ("train", "val", "test")
 FORMATS = (
     "rooms", "scannet", "scannetpp", "arkitscenes", "re10k", "nerfstudio", "colmap", "sevenscenes", "images", "corpus",
 )  # fmt: skip
+IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip")
+TEXT_FAMILIES = ("siglip2_text", "clip_text")
+RECORD_FAMILIES = ("pooled", "projection")
 DTYPES = ("float32", "bfloat16", "float16")
 
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "size": ("tiny", "small", "paper"),
     "recipe.name": ("probe",),
     "data.sources.*.format": FORMATS,
-    "encoders.*.family": ("dinov2", "dinov3", "radio", "siglip2", "clip"),
+    "encoders.*.family": (*IMAGE_FAMILIES, *TEXT_FAMILIES, *RECORD_FAMILIES),
     "encoders.*.dtype": DTYPES,
     "cache.mode": ("always", "never", "auto"),
     "cache.verify": ("always", "first_touch", "off"),
@@ -82,6 +85,15 @@ RANGES: Mapping[str, Range] = {
     "data.rooms.width": Range(low=16),
     "data.rooms.height": Range(low=16),
     "data.rooms.seed": _COUNT,
+    "data.questions.seed": _COUNT,
+    "data.questions.per_scene": _POSITIVE,
+    "data.questions.max_views": _POSITIVE,
+    "data.questions.min_visible": _SHARE,
+    "data.checks.min_overlap": _SHARE,
+    "data.checks.min_depth": _COUNT,
+    "data.checks.max_depth": _ABOVE_0,
+    "data.checks.duplicate_bits": Range(low=0, high=64),
+    "data.checks.threads": _POSITIVE,
     "data.sources.*.weight": _COUNT,
     "data.sources.*.frame_stride": _POSITIVE,
     "data.sources.*.limit": _COUNT,
@@ -190,6 +202,9 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield "data.sources is empty: choose data=rooms, or another option of the group data"
     elif not any(source.weight > 0 for source in sources.values()):
         yield "data.sources: every weight is 0, so there is nothing to draw; give one source a positive weight"
+    checks = config.data.checks
+    if checks.min_depth >= checks.max_depth:
+        yield f"data.checks.min_depth={checks.min_depth} must be less than data.checks.max_depth={checks.max_depth}"
     for name, source in sources.items():
         if not source.root and source.format != "rooms":
             yield f"data.sources.{name}.root is empty: a source of format {source.format} needs its folder or file"
@@ -228,14 +243,22 @@ def _recipe(config: RunConfig) -> Iterator[str]:
 def _encoders(config: RunConfig) -> Iterator[str]:
     for name, encoder in config.encoders.items():
         path = f"encoders.{name}"
-        yield from _layers(path, encoder)
-        yield from _patches(path, encoder)
+        if encoder.family in IMAGE_FAMILIES:
+            yield from _layers(path, encoder)
+            yield from _patches(path, encoder)
         if not encoder.weights:
             yield f"{path}.weights is empty: give random, a folder, or a hub name such as facebook/dinov2-small"
-        if encoder.weights != "random" and encoder.arch:
+        if encoder.weights != "random" and encoder.arch and encoder.family not in RECORD_FAMILIES:
             yield (
                 f"{path}.arch={encoder.arch} contradicts {path}.weights={encoder.weights}: weights come with their "
                 "architecture; remove arch, or set weights=random"
+            )
+        if encoder.family in RECORD_FAMILIES and not encoder.upstream:
+            yield f"{path}.upstream is empty: {encoder.family} reads the records of another encoder; name it"
+        if encoder.upstream and encoder.family not in RECORD_FAMILIES:
+            yield (
+                f"{path}.upstream={encoder.upstream!r} contradicts {path}.family={encoder.family}, which reads no "
+                f"records; families that do: {', '.join(RECORD_FAMILIES)}"
             )
         if encoder.upstream and encoder.upstream not in config.encoders:
             yield (

@@ -1,0 +1,149 @@
+"""Composition: groups, sizes, shorthands, saved configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs.compose import groups
+from configs.schema import RunConfig
+
+EXTRA = {  # what an option cannot do without
+    "data": ["data.sources.{option}.root=/data"],
+    "cache/shared": ["cache.remote=s3://bucket/features"],
+    "logger/mlflow": ["logger.mlflow=http://127.0.0.1:5000"],
+    "cluster/mixed-gpus": ["trainer.micro_batch=16"],
+}
+
+
+def all_options() -> list[tuple[str, str]]:
+    return [(group, option) for group, options in groups().items() for option in options]
+
+
+@pytest.mark.parametrize(("group", "option"), all_options())
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    overrides = [f"{group}={option}"]
+    if group == "size":
+        recipe, size = option.split("/")
+        overrides = [f"recipe={recipe}", f"size={size}"]
+    if group == "data" and option != "rooms":
+        overrides += [text.format(option=option) for text in EXTRA["data"]]
+    config = configs.load([*overrides, *EXTRA.get(f"{group}/{option}", [])])
+    assert isinstance(config, RunConfig)
+    assert configs.from_yaml(configs.to_yaml(config)) == config
+
+
+def test_the_readme_line() -> None:
+    config = configs.load(["recipe=probe", "size=tiny", "data=rooms", "trainer.lr=3e-4", "encoder=dinov2-small"])
+    assert config.trainer.lr == 3e-4
+    assert config.encoders["features"].weights == "facebook/dinov2-small"
+    assert config.encoders["features"].layers == [3, 6, 9, 12]
+    assert config.model.name == "probe-tiny"
+    assert list(config.data.sources) == ["rooms"]
+
+
+def test_nothing_chosen_is_the_tiny_probe_without_downloads() -> None:
+    config = configs.load()
+    assert (config.recipe.name, config.size, config.model.name) == ("probe", "tiny", "probe-tiny")
+    assert config.encoders["features"].weights == "random"
+    assert config.cluster.mode == "local"
+    assert config.service.replicas == 1
+
+
+def test_size_decides_encoder_model_and_data() -> None:
+    tiny, small, paper = (configs.load([f"size={size}"]) for size in ("tiny", "small", "paper"))
+    assert [c.model.name for c in (tiny, small, paper)] == ["probe-tiny", "probe-small", "probe-base"]
+    assert [c.encoders["features"].weights for c in (small, paper)] == [
+        "facebook/dinov2-small",
+        "facebook/dinov2-large",
+    ]
+    assert tiny.data.rooms.scenes < small.data.rooms.scenes < paper.data.rooms.scenes
+
+
+def test_a_choice_on_the_command_line_wins_over_the_size() -> None:
+    config = configs.load(["size=small", "encoder=clip-tiny", "model=probe-tiny", "trainer=smoke", "trainer.steps=7"])
+    assert config.encoders["features"].family == "clip"
+    assert config.model.name == "probe-tiny"
+    assert (config.trainer.steps, config.trainer.validate_every, config.trainer.micro_batch) == (7, 0, 16)
+
+
+def test_two_sources_and_a_second_encoder() -> None:
+    config = configs.load(
+        ["data=[rooms,scannet]", "data.sources.scannet.root=/data/scannet", "encoder@encoders.second=dinov3-tiny"]
+    )
+    assert list(config.data.sources) == ["rooms", "scannet"]
+    assert config.encoders["second"].family == "dinov3"
+    assert config.encoders["features"].family == "dinov2"
+
+
+def test_sections_not_in_a_file_start_from_their_defaults() -> None:
+    config = configs.load(["recipe.quotas.question=1", "cluster.nodes.local.num_cpus=8"])
+    assert config.recipe.quotas == {"view": 1.0, "question": 1.0}
+    assert config.cluster.nodes["local"].num_cpus == 8
+    assert config.cluster.nodes["local"].memory_gb == RunConfig().cluster.nodes["local"].memory_gb
+
+
+def test_entries_are_added_removed_and_replaced() -> None:
+    assert configs.load(["recipe.quotas.question=2", "~recipe.quotas.view"]).recipe.quotas == {"question": 2.0}
+    assert configs.load(["recipe.quotas={question: 2}"]).recipe.quotas == {"question": 2.0}
+
+
+def test_quoted_text_stays_text() -> None:
+    config = configs.load(["name='007'", "cluster=attach", "cluster.address='a,b:1'", "data.quarantine=/a/it's ~ #1"])
+    assert (config.name, config.cluster.address) == ("007", "a,b:1")
+    assert config.data.quarantine == "/a/it's ~ #1"
+
+
+def test_home_and_inputs_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(
+        [
+            "storage.root=~/runs",
+            "data=images",
+            "data.sources.images.root=pictures",
+            "data.quarantine=~/bad.txt",
+            "data.sources.images.splits={train: train.txt}",
+            "encoders.features.weights=./weights",
+            "~encoders.features.arch",
+        ]
+    )
+    assert config.storage.root == "/home/someone/runs"
+    assert config.data.sources["images"].root == str(tmp_path / "pictures")
+    assert config.data.sources["images"].splits == {"train": str(tmp_path / "train.txt")}
+    assert config.data.quarantine == "/home/someone/bad.txt"
+    assert config.encoders["features"].weights == str(tmp_path / "weights")
+
+
+def test_uris_stay_as_they_are() -> None:
+    config = configs.load(["storage.root=s3://bucket/loom3d", "cache.root=/mnt/nvme/cache"])
+    assert config.storage.root == "s3://bucket/loom3d"
+
+
+def test_a_saved_configuration_loads_equal_and_takes_keys(tmp_path: Path) -> None:
+    config = configs.load(["size=small", "trainer.lr=3e-4", "recipe.losses={depth_dpt: 0.5}", "seed=3"])
+    file = tmp_path / "config.yaml"
+    file.write_text(configs.to_yaml(config))
+    assert configs.load(file=file) == config
+    changed = configs.load(["trainer.steps=7", "trainer.warmup_steps=2"], file=file)
+    assert changed.trainer.steps == 7
+    assert changed.trainer.lr == 3e-4
+
+
+def test_digest_names_what_is_asked_for() -> None:
+    one, two = configs.load(), configs.load(["trainer.lr=3e-4"])
+    assert configs.digest(one) != configs.digest(two)
+    assert configs.digest(one, "data", "encoders") == configs.digest(two, "data", "encoders")
+    assert configs.digest(one) == configs.digest(configs.from_yaml(configs.to_yaml(one)))
+
+
+def test_an_integer_is_taken_for_a_float_key() -> None:
+    value = configs.load(["cluster.nodes.local.tflops=3"]).cluster.nodes["local"].tflops
+    assert (value, type(value)) == (3.0, float)
+
+
+def test_loading_is_repeatable_inside_a_hydra_application() -> None:
+    # The compose context is entered and left, so nothing global is left behind.
+    assert configs.load() == configs.load()
