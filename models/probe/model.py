@@ -119,7 +119,7 @@ class Probe(nn.Module):
         for token, summary, depth in batches:
             tokens.append(token.float().movedim(1, 3).flatten(0, 2))
             summaries.append(summary.float())
-            logs.append(depth[depth > 0].double().log())
+            logs.append(depth[torch.isfinite(depth) & (depth > 0)].double().log())
         if not tokens:
             raise ModelError("probe: no training sample to measure the features on")
         self.token_scale.fit(torch.cat(tokens))
