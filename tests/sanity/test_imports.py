@@ -41,6 +41,7 @@ CONFINED = {
 HEAVY = {"ray", "deepspeed", "peft", "transformers", "diffusers", "matplotlib", "pycolmap", "av", "wandb", "mlflow"}
 #: Files that are themselves imported only by who needs the library.
 HEAVY_FILES = {
+    "actors/report/figures.py": {"matplotlib"},
     "services/data/readers/colmap.py": {"pycolmap"},
     "services/data/videos.py": {"av"},
 }
