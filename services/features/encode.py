@@ -113,9 +113,15 @@ def record_bytes(outputs: Mapping[str, TensorSpec]) -> int:
     )
 
 
-def through_codec(record: Record, codec: str) -> Record:
-    """The record as the cache would give it back, so that a miss and a later hit are the same numbers."""
-    return record if codec == "none" else codecs.decode(codecs.encode(codec, record)[0])
+def as_stored(answers: Sequence[Answer], config: RunConfig) -> list[Answer]:
+    """Answers as the cache would give them back, so that a miss and a later hit are the same numbers.
+
+    The store must get the records from before: coding twice is not coding once.
+    """
+    codec = stored_codec(config)
+    if codec == "none":
+        return list(answers)
+    return [codecs.decode(codecs.encode(codec, a)[0]) if isinstance(a, dict) else a for a in answers]
 
 
 class Encoder:
@@ -132,7 +138,7 @@ class Encoder:
         upstream: Upstream | None = None,
         device: str = "",
     ) -> None:
-        self.name, self.codec = name, stored_codec(config)
+        self.name = name
         self.model = build_encoder(name, config)
         settings = encoder_config(name, config)
         self.batch_size = max(1, settings.batch_size)
@@ -149,6 +155,7 @@ class Encoder:
     def encode(self, requests: Sequence[FeatureRequest]) -> list[Answer]:
         """One answer a request, in order: its record, or the error of that input (unreadable image, ...).
 
+        Records are as the encoder gives them; see :func:`as_stored` for what a lossy cache makes of them.
         An error of the encoder itself (weights, memory) is raised.
         """
         answers: dict[int, Answer] = {}
@@ -196,7 +203,7 @@ class Encoder:
             if position in broken:
                 answers[index] = _poisoned(requests[index], broken[position])
             else:
-                answers[index] = through_codec(to_record(outputs, position), self.codec)
+                answers[index] = to_record(outputs, position)
 
     def close(self) -> None:
         """Stop the reader threads."""

@@ -19,9 +19,13 @@ import torch
 from configs.schema import RunConfig
 from services.contracts import FeatureRequest, Record
 from services.errors import CacheError, DeadlineError, ServiceError
-from services.features.encode import Answer, Encoder, Upstream
+from services.features.encode import Answer, Encoder, Upstream, as_stored
 from services.runtime import supervise
 from services.telemetry import events
+
+
+class QueueFullError(ServiceError):
+    """A replica has no room; it lives, and will have room."""
 
 
 class Sink(Protocol):
@@ -82,7 +86,7 @@ class EncoderWorker:
     ) -> list[Answer]:
         """One answer a request: its record, or what was wrong with that input. Blocks until all are there.
 
-        ServiceError when the queue has no room (nothing is queued then) or the replica is closed; DeadlineError
+        QueueFullError when there is no room (nothing is queued then); ServiceError when closed; DeadlineError
         after ``timeout_s`` (default ``service.deadline_s``), which leaves the work queued for whoever asks again.
         """
         jobs = self._submit(requests, step, keep)
@@ -121,7 +125,7 @@ class EncoderWorker:
                 raise ServiceError("the encoder replica is closed")
             new = {(r.encoder, r.key.digest) for r in requests} - self._jobs.keys()
             if len(self._queue) + len(new) > self.config.service.queue:
-                raise ServiceError(
+                raise QueueFullError(
                     f"the queue of an encoder replica is full: {len(self._queue)} of service.queue="
                     f"{self.config.service.queue} and {len(new)} more asked for"
                 )
@@ -173,6 +177,7 @@ class EncoderWorker:
         if outcome.failure is None:
             answers: Sequence[Answer] = outcome.unwrap()
             self._keep(batch, answers)
+            answers = as_stored(answers, self.config)
         else:
             # Of the encoder, not of an input: the client may try another replica.
             answers = [ServiceError(f"encoder {name!r} failed: {outcome.failure}")] * len(batch)

@@ -1,0 +1,361 @@
+"""What a consumer of features holds: cache-through reads, misses to the service or encoded here, look-ahead.
+
+A hit comes from the store. A miss is answered with the tensors themselves as soon as they are computed, never by
+waiting for a commit; the encoder side writes them to the store. Within a process a key is fetched once at a time.
+A service that does not answer is replaced by encoding here, which gives the same records, and is said once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from configs.schema import RunConfig
+from services.contracts import CacheStats, FeatureRequest
+from services.errors import CacheError, DeadlineError, ServiceError
+from services.features.encode import Answer, Encoder, as_stored, record_bytes
+from services.features.keys import key_array
+from services.features.rule import MeasuredRule
+from services.features.sink import StoreSink
+from services.runtime import supervise
+from services.telemetry import events
+
+_log = logging.getLogger(__name__)
+
+Name = tuple[str, bytes]
+_REPORT_EVERY = 64
+_SERVICE_AGAIN_S = 30.0
+
+
+class FeaturePool(Protocol):
+    """The feature service as a client sees it; see pool.py."""
+
+    def encode(self, requests: Sequence[FeatureRequest], step: int, *, keep: bool) -> list[Answer]:
+        """One answer a request: a record, the error of the input, or a ServiceError if nobody could answer."""
+
+    def report(self, hits: int, misses: int) -> None:
+        """Tell the service how the cache does, without waiting."""
+
+
+@dataclass(eq=False)
+class _Flight:
+    """One fetch of a key. ``ahead`` ones stay after they landed until somebody takes them."""
+
+    request: FeatureRequest
+    step: int
+    ahead: bool
+    nbytes: int = 0
+    hit: bool = False
+    answer: Future[Answer] = field(default_factory=Future)
+
+
+class FeatureClient:
+    """Features for one consumer. ``store`` None reads and keeps nothing; ``pool`` None encodes in this process.
+
+    Threads may call :meth:`get` and :meth:`prefetch` at the same time.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Any,
+        *,
+        pool: FeaturePool | None = None,
+        make_encoder: Callable[..., Any] = Encoder,
+    ) -> None:
+        self.config = config
+        self.sink = StoreSink(config, store)
+        self._caching = store is not None and config.cache.mode != "never"
+        self._rule = MeasuredRule() if config.cache.mode == "auto" and self._caching else None
+        self._pool, self._pool_again_at, self._pool_gone = pool, 0.0, False
+        self._make, self._encoders = make_encoder, dict[str, Any]()
+        self._bytes_of: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._make_lock = threading.Lock()
+        self._flights: dict[Name, _Flight] = {}
+        self._queued: dict[Name, tuple[int, int, FeatureRequest]] = {}
+        self._order = self._ahead_bytes = 0
+        self._hits = self._misses = self._encoded = self._refused = 0
+        self._reported = (0, 0)
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+        """The record of each request, in order; a broken input gives its DataError in its place.
+
+        Raises what stops everything: WeightsError, ModelError or ConfigError of the encoder.
+        """
+        flights, mine = self._claim(requests, step)
+        try:
+            self._fetch(mine, step)
+        finally:
+            self._settle(mine)
+        answers = [self._await(flight) for flight in flights]
+        self._land(flights, step)
+        return answers
+
+    def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None:
+        """Have the features of ``requests`` made before ``get`` asks; returns at once.
+
+        The smallest step goes first. At most ``cache.lookahead_bytes`` are under way or waiting to be taken; the
+        rest queues until some are taken. What :meth:`get` passed by (an earlier step) is dropped.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            for request in requests:
+                name = _name(request)
+                if name not in self._flights and name not in self._queued:
+                    self._queued[name] = (step, self._order, request)
+                    self._order += 1
+            if self._thread is None and self._queued:
+                self._thread = supervise.thread("prefetch", self._look_ahead, self._stop_ahead)
+            self._changed.notify_all()
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters since this client was made; a record that was fetched ahead by encoding it is a miss."""
+        of_store = self.sink.stats()
+        with self._changed:
+            return dataclasses.replace(
+                of_store,
+                hits=self._hits,
+                misses=self._misses,
+                encoded=self._encoded,
+                refused=of_store.refused + self._refused,
+            )
+
+    @property
+    def caching(self) -> bool:
+        """False where nothing is cached, or where the measured rule found that reading is slower than encoding."""
+        return self._caching
+
+    def close(self) -> None:
+        """Stop looking ahead, commit what this process encoded, let go of the store."""
+        with self._changed:
+            self._closed = True
+            self._queued.clear()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=self.config.service.deadline_s)
+        self._report(force=True)
+        self.sink.close()
+        for encoder in self._encoders.values():
+            encoder.close()
+
+    # --- flights -----------------------------------------------------------------------------------------------------
+
+    def _claim(self, requests: Sequence[FeatureRequest], step: int) -> tuple[list[_Flight], list[_Flight]]:
+        """The flight of each request, and those among them that the caller has to fetch."""
+        flights, mine = [], []
+        with self._changed:
+            for request in requests:
+                name = _name(request)
+                self._queued.pop(name, None)
+                flight = self._flights.get(name)
+                if flight is None:
+                    flight = self._flights[name] = _Flight(request, step, ahead=False)
+                    mine.append(flight)
+                flights.append(flight)
+        return flights, mine
+
+    def _await(self, flight: _Flight) -> Answer:
+        # The holder of the flight keeps its own deadlines; this one only guards against a holder that hangs.
+        patience = 4 * self.config.service.deadline_s
+        try:
+            return flight.answer.result(patience)
+        except FutureTimeout:
+            raise DeadlineError(
+                f"sample {flight.request.sample_id!r} waits for encoder {flight.request.encoder!r}, which another "
+                f"thread of this process asked for: no answer in {patience:g} s"
+            ) from None
+
+    def _settle(self, flights: Sequence[_Flight]) -> None:
+        """No flight stays open when its holder leaves, whatever happened: others may wait for it."""
+        with self._changed:
+            for flight in flights:
+                if not flight.answer.done():
+                    flight.answer.set_result(ServiceError("the thread that fetched this feature gave up"))
+                if not flight.ahead:
+                    self._flights.pop(_name(flight.request), None)
+
+    def _land(self, flights: Sequence[_Flight], step: int) -> None:
+        """Count, and give back the bytes of what was taken or passed by."""
+        with self._changed:
+            for flight in flights:
+                self._hits += flight.hit
+                self._misses += not flight.hit
+                if flight.ahead:
+                    self._free(flight)
+            for flight in [f for f in self._flights.values() if f.ahead and f.step < step and f.answer.done()]:
+                self._free(flight)
+            for name in [name for name, (wanted, _, _) in self._queued.items() if wanted < step]:
+                del self._queued[name]
+            self._changed.notify_all()
+        self._report()
+
+    def _free(self, flight: _Flight) -> None:
+        if self._flights.get(_name(flight.request)) is flight:
+            del self._flights[_name(flight.request)]
+            self._ahead_bytes -= flight.nbytes
+
+    # --- fetching ----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, flights: Sequence[_Flight], step: int, *, look: bool = True) -> None:
+        by_encoder: dict[str, list[_Flight]] = {}
+        for flight in flights:
+            by_encoder.setdefault(flight.request.encoder, []).append(flight)
+        for name, group in by_encoder.items():
+            missing = self._read(name, group) if look and self._caching else group
+            if missing:
+                answers = self._produce(name, [flight.request for flight in missing], step)
+                for flight, answer in zip(missing, answers, strict=True):
+                    flight.answer.set_result(answer)
+
+    def _read(self, name: str, flights: list[_Flight]) -> list[_Flight]:
+        """Answer from the store what it has; returns the rest."""
+        started = time.perf_counter()
+        records = self.sink.namespace(name).get_many([flight.request.key for flight in flights])
+        missing = []
+        for flight, record in zip(flights, records, strict=True):
+            if record is None:
+                missing.append(flight)
+            else:
+                flight.hit = True
+                flight.answer.set_result(record)
+        if self._rule is not None and not missing:
+            # Touch every page: a mapped record that nobody read costs nothing.
+            for record in records:
+                for tensor in record.values():
+                    tensor.data.sum(dtype="int64" if tensor.data.dtype.kind in "iu" else None)
+            self._judge(self._rule.read(time.perf_counter() - started, len(flights)))
+        return missing
+
+    def _produce(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+        started = time.perf_counter()
+        answers = self._ask_service(requests, step)
+        left = [i for i, answer in enumerate(answers) if isinstance(answer, ServiceError)]
+        if left:
+            for i, answer in zip(left, self._encode_here(name, [requests[i] for i in left], step), strict=True):
+                answers[i] = answer
+        with self._changed:
+            self._encoded += sum(isinstance(answer, dict) for answer in answers)
+        if self._rule is not None:
+            self._judge(self._rule.encoded(time.perf_counter() - started, len(requests)))
+        return answers
+
+    def _ask_service(self, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+        nobody: list[Answer] = [ServiceError("there is no feature service")] * len(requests)
+        if self._pool is None or time.monotonic() < self._pool_again_at:
+            return nobody
+        answers = self._pool.encode(requests, step, keep=self._caching)
+        unanswered = [answer for answer in answers if isinstance(answer, ServiceError)]
+        if unanswered:
+            self._pool_again_at = time.monotonic() + _SERVICE_AGAIN_S
+            if not self._pool_gone:
+                now = time.time()
+                events.emit("service_gone", now, now, step=step, reason=str(unanswered[0]))
+                _log.warning("the feature service does not answer, this process encodes itself: %s", unanswered[0])
+        elif self._pool_gone:
+            events.emit("service_back", time.time(), time.time(), step=step)
+            _log.warning("the feature service answers again")
+        self._pool_gone = bool(unanswered)
+        return answers
+
+    def _encode_here(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+        with self._make_lock:
+            if name not in self._encoders:
+                upstream = (lambda r: self.get(r, step)) if self.config.encoders[name].upstream else None
+                self._encoders[name] = self._make(name, self.config, upstream=upstream)
+        # No lock of ours from here on: a chain calls `get` again, which may wait for another thread's encoding.
+        with events.span("encode", encoder=name, inputs=len(requests), step=step, where="here"):
+            answers = self._encoders[name].encode(requests)
+        if self._caching:
+            kept = [(r, a) for r, a in zip(requests, answers, strict=True) if isinstance(a, dict)]
+            try:
+                self.sink.put([request for request, _ in kept], [record for _, record in kept])
+            except CacheError as error:
+                # The features are here and the run goes on; that they will be encoded again is worth a word.
+                if not self._refused:
+                    events.emit("cache_refused", time.time(), time.time(), error=str(error))
+                    _log.warning("the cache keeps nothing more: %s", error)
+                self._refused += len(kept)
+        return as_stored(answers, self.config)
+
+    def _judge(self, verdict: str) -> None:
+        if verdict:
+            self._caching, self._rule = False, None
+            events.emit("do_not_cache", time.time(), time.time(), reason=verdict)
+            _log.warning("%s", verdict)
+
+    def _report(self, *, force: bool = False) -> None:
+        with self._changed:
+            hits, misses = self._hits - self._reported[0], self._misses - self._reported[1]
+            if not (hits + misses) or (hits + misses < _REPORT_EVERY and not force):
+                return
+            self._reported = (self._hits, self._misses)
+        if self._pool is not None and not self._pool_gone:
+            self._pool.report(hits, misses)
+
+    # --- look-ahead --------------------------------------------------------------------------------------------------
+
+    def _look_ahead(self) -> None:
+        while (flights := self._next_ahead()) is not None:
+            try:
+                self._fetch(flights, flights[0].step if flights else 0, look=False)
+            finally:
+                self._settle(flights)
+
+    def _next_ahead(self) -> list[_Flight] | None:
+        """The most urgent queued requests of one encoder that fit the bound and are not cached; None at the end."""
+        with self._changed:
+            while not self._closed and not self._room():
+                self._changed.wait()
+            if self._closed:
+                return None
+            first = min(self._queued.values(), key=lambda entry: entry[:2])[2].encoder
+            size = max(1, self.config.encoders[first].batch_size)
+            batch = sorted((e for e in self._queued.values() if e[2].encoder == first), key=lambda e: e[:2])[:size]
+            nbytes = self._bytes_of[first]
+            fitting = max(1, (self.config.cache.lookahead_bytes - self._ahead_bytes) // nbytes)
+            batch = batch[:fitting]
+            keys = key_array([request.key for _, _, request in batch])
+            cached = self.sink.namespace(first).contains(keys) if self._caching else [False] * len(batch)
+            flights = []
+            for (step, _, request), there in zip(batch, cached, strict=True):
+                del self._queued[_name(request)]
+                if not there:
+                    flight = self._flights[_name(request)] = _Flight(request, step, ahead=True, nbytes=nbytes)
+                    self._ahead_bytes += nbytes
+                    flights.append(flight)
+            return flights
+
+    def _room(self) -> bool:
+        """Whether the most urgent queued request fits; the first always does, or a small bound would stop all."""
+        if not self._queued:
+            return False
+        name = min(self._queued.values(), key=lambda entry: entry[:2])[2].encoder
+        if name not in self._bytes_of:
+            self._bytes_of[name] = max(1, record_bytes(self.sink.model(name).outputs()))
+        return not self._ahead_bytes or self._ahead_bytes + self._bytes_of[name] <= self.config.cache.lookahead_bytes
+
+    def _stop_ahead(self, failure: supervise.Failure) -> None:
+        """Look-ahead failed: ``get`` meets the same error where somebody can see it."""
+        _log.warning("looking ahead stopped: %s", failure)
+        with self._changed:
+            self._queued.clear()
+            for flight in [f for f in self._flights.values() if f.ahead]:
+                self._free(flight)
+
+
+def _name(request: FeatureRequest) -> Name:
+    return request.encoder, request.key.digest
