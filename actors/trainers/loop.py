@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,37 +23,12 @@ from actors.trainers.randomness import RoleRandom, Snapshot
 from configs.schema import TrainerConfig
 from models.spec import RoleSpec
 from services.errors import NonFiniteError
+from services.streams.loader import LoadedMicroBatch, LoadedStep
 from services.telemetry import events
 
 Metrics = dict[str, float]
 
 _log = logging.getLogger("loom3d")
-
-
-class LoadedMicroBatch(Protocol):
-    """A rank's part of one micro-batch (see services/streams/loader.py)."""
-
-    @property
-    def batch(self) -> Mapping[str, Any]:
-        """Collated columns."""
-
-    @property
-    def samples(self) -> Sequence[Any]:
-        """The planned samples, in the order of the columns."""
-
-
-class LoadedStep(Protocol):
-    """A rank's part of one step."""
-
-    step: int
-    epoch: int
-    broken: Mapping[str, str]
-    wait_s: float
-    hit_rate: float
-
-    @property
-    def micro_batches(self) -> Sequence[LoadedMicroBatch]:
-        """In the plan's order."""
 
 
 def _nothing(*_: Any) -> None:

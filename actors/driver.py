@@ -1,0 +1,190 @@
+"""The story of a run: from a configuration to a trained, judged model and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import configs
+from configs import RunConfig
+from services.telemetry import events
+
+if TYPE_CHECKING:
+    from actors.trainers.roles import Feed, RoleResult
+
+_log = logging.getLogger("loom3d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to."""
+
+    folder: Path
+    metrics: Mapping[str, Mapping[str, Any]]
+    """As in evaluation.json: name -> value, baseline, baseline_name, better."""
+    report: Path
+    """The page with the pictures."""
+    steps: int
+    resumed_from: int
+
+
+def train(config: RunConfig) -> RunResult:
+    """Train the recipe of ``config``, evaluate the best checkpoint on the test split, write the report.
+
+    Raises the errors of ``services.errors.USER_ERRORS``; the run folder keeps what was reached, and the same call
+    again resumes from the newest valid checkpoint.
+    """
+    from actors import preflight
+    from actors.evaluate import evaluate
+    from actors.report import write_report
+    from services.data.sources import open_sources
+
+    began = time.time()
+    folder = open_run_folder(config)
+    events.configure(folder / "events", "driver")
+    preflight.check(config)
+    manifests = open_sources(config)
+    with ExitStack() as running:
+        pool = running.enter_context(_services(config, folder))
+        feed = running.enter_context(_feed(config, manifests, pool))
+        _record(config, folder, feed)
+        with events.span("train"), _progress(config, folder):
+            trained = _train(config, folder, feed, pool)
+        evaluation = evaluate(feed, folder, device=_device())
+        stats = feed.client.stats
+    _summarise(config, folder, trained, stats, time.time() - began)
+    return RunResult(
+        folder=folder,
+        metrics=evaluation["metrics"],
+        report=write_report(folder),
+        steps=trained.steps,
+        resumed_from=trained.resumed_from,
+    )
+
+
+def run_folder(config: RunConfig) -> Path:
+    """``<storage.root>/runs/<name>``; the name is ``<recipe>-<size>`` where none is given."""
+    return Path(config.storage.root) / "runs" / (config.name or f"{config.recipe.name}-{config.size}")
+
+
+def open_run_folder(config: RunConfig) -> Path:
+    """The run folder, made if need be. With ``trainer.resume=never`` an earlier run of that name is moved aside."""
+    folder = run_folder(config)
+    if config.trainer.resume == "never" and folder.exists():
+        aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+        folder.rename(aside)
+        _log.info("the earlier run was moved to %s", aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _services(config: RunConfig, folder: Path) -> Iterator[Any]:
+    """The cluster and the feature service, ended in reverse order; yields the service's address, None without one."""
+    if config.cluster.mode == "inline":
+        yield None
+        return
+    from services.features.pool import start_pool, stop_pool
+    from services.runtime import cluster
+
+    with ExitStack() as running:
+        with events.span("cluster"):
+            running.enter_context(cluster.session(config))
+        pool = None
+        if config.service.replicas:
+            with events.span("service"):
+                pool = start_pool(config, events_folder=folder / "events")
+            running.callback(stop_pool, pool)
+        yield pool
+
+
+@contextmanager
+def _feed(config: RunConfig, manifests: Mapping[str, Any], pool: Any) -> Iterator[Feed]:
+    """Samples for this process: the store, a client of the service, the targets."""
+    from actors.trainers.roles import Feed
+    from services.features.client import FeatureClient
+    from services.features.sink import open_store
+
+    store = open_store(config)
+    connected = None
+    if pool is not None:
+        from services.features.pool import connect_pool
+
+        connected = connect_pool(pool, config)
+    with closing(FeatureClient(config, store, pool=connected)) as client:
+        yield Feed.open(config, manifests, client, store)
+
+
+def _record(config: RunConfig, folder: Path, feed: Feed) -> None:
+    """Save the configuration, unless the folder holds checkpoints of another one: ResumeError says what differs."""
+    from actors.trainers.roles import open_checkpoints
+    from services.contracts import Split
+
+    open_checkpoints(config, folder, feed.plan(Split.TRAIN)).newest()
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
+
+
+def _train(config: RunConfig, folder: Path, feed: Feed, pool: Any) -> RoleResult:
+    """Train the role: here, or in Ray Train workers."""
+    if config.cluster.mode == "inline":
+        from actors.trainers.backends.single import SingleBackend
+        from actors.trainers.roles import train_role
+
+        return train_role(config, folder, feed, SingleBackend(_device()))
+    from actors.trainers.worker import train_in_workers
+
+    return train_in_workers(config, folder, pool)
+
+
+@contextmanager
+def _progress(config: RunConfig, folder: Path) -> Iterator[None]:
+    """The progress line, fed from metrics.jsonl wherever the training runs."""
+    from services.telemetry.loggers import METRICS_FILE
+    from services.telemetry.progress import Progress, follow
+
+    path, stop = folder / METRICS_FILE, threading.Event()
+    start_at = path.stat().st_size if path.exists() else 0
+    thread = threading.Thread(
+        target=follow,
+        args=(folder, Progress(config.trainer.steps, config.logger), stop),
+        kwargs={"start_at": start_at},
+        name="progress",
+        daemon=True,
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _summarise(config: RunConfig, folder: Path, trained: RoleResult, stats: Any, seconds: float) -> None:
+    """summary.json: what the report's head says beside the metrics."""
+    facts = {
+        "steps": trained.steps,
+        "samples": trained.samples,
+        "best step": trained.best_step if trained.best_step is not None else "-",
+        "seconds": f"{seconds:.0f}",
+        "cache hits while evaluating": f"{100 * stats.hit_rate:.0f} %",
+    }
+    if trained.resumed_from:
+        facts["resumed from step"] = trained.resumed_from
+    if trained.skipped:
+        facts["skipped steps"] = trained.skipped
+    title = f"{config.recipe.name}, size {config.size}: {config.model.name} on {', '.join(sorted(config.data.sources))}"
+    summary = {"title": title, "facts": facts}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,278 @@
+"""Judging a trained probe on a held-out split, beside what one gets without looking at the image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.trainers import representation
+from actors.trainers.checkpoint import load_weights
+from actors.trainers.roles import Feed, open_checkpoints
+from models.metrics.depth import DepthMetrics
+from models.metrics.knn import knn_classify
+from models.metrics.segmentation import SegmentationMetrics
+from models.probe.losses import IGNORE
+from models.probe.model import Probe
+from models.spec import RoleSpec
+from services.contracts import PlanSample, Split
+from services.data.images import load_image
+from services.errors import DataError, ResumeError
+from services.telemetry import events
+
+EXAMPLES = 6
+_LOWER = ("loss", "abs_rel")
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """What a pass over a split found: features for k-NN, and what the trivial baselines predict."""
+
+    features: list[Tensor] = field(default_factory=list)
+    """L2-normalised summary of each view, (D,)."""
+    scenes: list[str] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    """Index of the scene type of each view; -1 where it has none."""
+    depth_sum: Tensor | float = 0.0
+    depth_count: Tensor | float = 0.0
+    label_counts: Tensor | float = 0.0
+
+    def add(self, batch: Mapping[str, Any], samples: Sequence[PlanSample], classes: int) -> None:
+        """Add the samples of a batch whose weight is above 0."""
+        keep = batch["weight"] > 0
+        kept = [sample for sample, chosen in zip(samples, keep.tolist(), strict=True) if chosen]
+        batch = representation.rows(batch, keep)
+        self.features += list(F.normalize(batch["summary"].float().flatten(1), dim=-1))
+        self.scenes += [f"{sample.source}/{sample.item}" for sample in kept]
+        self.types += batch["scene_type"].tolist()
+        valid = torch.isfinite(batch["depth"]) & (batch["depth"] > 0)
+        self.depth_sum = self.depth_sum + torch.where(valid, batch["depth"], 0.0).double().sum(0)
+        self.depth_count = self.depth_count + valid.double().sum(0)
+        labels = batch["labels"][batch["labels"] != IGNORE]
+        self.label_counts = self.label_counts + torch.bincount(labels, minlength=max(1, classes))
+
+    def mean_depth(self) -> Tensor | None:
+        """(H, W) mean depth of each pixel; where a pixel was never known, the mean over all. None without depth."""
+        total, count = torch.as_tensor(self.depth_sum), torch.as_tensor(self.depth_count)
+        if not count.sum():
+            return None
+        return torch.where(count > 0, total / count.clamp(min=1), total.sum() / count.sum())
+
+    def majority_class(self) -> int | None:
+        """The class with most pixels; None without labels."""
+        counts = torch.as_tensor(self.label_counts)
+        return int(counts.argmax()) if counts.sum() else None
+
+    def by_scene(self) -> tuple[Tensor, Tensor]:
+        """Features (scenes, D), each the normalised mean over its views, and types (scenes,)."""
+        members: dict[str, list[int]] = {}
+        for index, scene in enumerate(self.scenes):
+            members.setdefault(scene, []).append(index)
+        means = [torch.stack([self.features[i] for i in group]).mean(0) for group in members.values()]
+        types = [self.types[group[0]] for group in members.values()]
+        return F.normalize(torch.stack(means), dim=-1), torch.tensor(types)
+
+    def by_view(self) -> tuple[Tensor, Tensor]:
+        """Features (views, D) and types (views,)."""
+        return torch.stack(self.features), torch.tensor(self.types)
+
+
+def load_trained(feed: Feed, folder: Path) -> tuple[Probe, RoleSpec, int]:
+    """The model of a run folder with its best weights (the moving average where the run kept one), and their step.
+
+    ResumeError when the folder holds no trained model, or one of other settings.
+    """
+    described = folder / "model.json"
+    found = open_checkpoints(feed.config, folder, feed.plan(Split.TRAIN)).best()
+    if found is None or not described.exists():
+        raise ResumeError(f"{folder} holds no trained model; train it first with `loom3d train name={folder.name}`")
+    model = json.loads(described.read_text())
+    module, role = representation.build_probe(model["name"], model["settings"], feed.config.seed)
+    load_weights(module, found, averaged=True)
+    return module.eval(), role, found.step
+
+
+def evaluate(feed: Feed, folder: Path, *, split: Split | str = Split.TEST, device: str = "cpu") -> dict[str, Any]:
+    """Evaluate the model of ``folder`` on ``split``; writes evaluation.json, which it returns, and examples.npz.
+
+    Each metric stands beside a trivial baseline: the training split's mean depth map (aligned by median as the
+    predictions are), its majority class, its majority room type.
+    """
+    split = Split(split)
+    module, role, step = load_trained(feed, folder)
+    module.to(device)
+    classes = len(feed.targets.classes)
+    with events.span("survey"):
+        bank = _survey(feed, classes)
+    queries, tally = Survey(), representation.Tally(classes, representation.loss_weights(feed.config))
+    baseline_depth, baseline_classes = DepthMetrics(), SegmentationMetrics(max(1, classes), ignore=IGNORE)
+    mean_depth, majority = bank.mean_depth(), bank.majority_class()
+    examples = _Examples(feed, module, split)
+    with events.span("evaluate", split=split.value):
+        for batch, samples in _batches(feed, split):
+            queries.add(batch, samples, classes)
+            predicted = tally.update(module, role, {k: v.to(device) for k, v in batch.items() if k != "id"})
+            kept = representation.rows(batch, batch["weight"] > 0)
+            if mean_depth is not None:
+                baseline_depth.update(mean_depth.expand_as(kept["depth"]), kept["depth"])
+            if majority is not None:
+                baseline_classes.update(torch.full_like(kept["labels"], majority), kept["labels"])
+            examples.add(kept, predicted, [s for s, w in zip(samples, batch["weight"].tolist(), strict=True) if w > 0])
+    if not tally.samples:
+        raise DataError(
+            f"the {split.value} split has no sample that can be read; check the data with `loom3d data check`"
+        )
+    baselines = {
+        "mean depth": baseline_depth.compute(),
+        "majority class": baseline_classes.compute(),
+    }
+    metrics = _beside_baselines(tally.compute(), baselines) | _knn(bank, queries, len(feed.targets.scene_types))
+    evaluation = {"split": split.value, "samples": tally.samples, "step": step, "metrics": metrics}
+    _write_json(folder / "evaluation.json", evaluation)
+    examples.save(folder / "examples.npz", feed.targets.classes)
+    return evaluation
+
+
+def _survey(feed: Feed, classes: int) -> Survey:
+    """A pass over the training split: k-NN's bank and the baselines' predictions."""
+    bank = Survey()
+    for batch, samples in _batches(feed, Split.TRAIN):
+        bank.add(batch, samples, classes)
+    return bank
+
+
+def _batches(feed: Feed, split: Split) -> Iterator[tuple[dict[str, Any], Sequence[PlanSample]]]:
+    """Every sample of a split once, in order."""
+    with closing(feed.load(feed.plan(split, complete=True))) as loader:
+        for step in loader:
+            for micro in step.micro_batches:
+                yield micro.batch, micro.samples
+
+
+def _beside_baselines(
+    numbers: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """``<head>/<metric>`` -> value, baseline, its name, and which way is better. Losses have no baseline."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, value in numbers.items():
+        metric = name.split("/")[-1]
+        source = next((s for s, row in baselines.items() if "/" in name and metric in row), "")
+        if not source:
+            continue
+        rows[name] = _row(value, baselines[source][metric], source, "lower" if metric in _LOWER else "higher")
+    return rows
+
+
+def _knn(bank: Survey, queries: Survey, classes: int) -> dict[str, dict[str, Any]]:
+    """Top-1 of the room type by view and by scene; neighbours come from the training split only."""
+    rows = {}
+    for name, (features, labels), (asked, true) in (
+        ("view", bank.by_view(), queries.by_view()),
+        ("scene", bank.by_scene(), queries.by_scene()),
+    ):
+        known, answerable = labels != IGNORE, true != IGNORE
+        if not known.any() or not answerable.any():
+            continue
+        predicted = knn_classify(asked[answerable], features[known], labels[known], classes)
+        majority = int(torch.bincount(labels[known]).argmax())
+        truth = true[answerable]
+        rows[f"knn/{name}_top1"] = _row(
+            float((predicted == truth).double().mean()),
+            float((truth == majority).double().mean()),
+            "majority room type",
+            "higher",
+        )
+    return rows
+
+
+def _row(value: float, baseline: float, name: str, better: str) -> dict[str, Any]:
+    return {"value": value, "baseline": baseline, "baseline_name": name, "better": better}
+
+
+class _Examples:
+    """Predictions beside truth for a few samples, spread evenly over the split."""
+
+    def __init__(self, feed: Feed, module: Probe, split: Split) -> None:
+        self._feed, self._module = feed, module
+        total = feed.plan(split).samples
+        self._wanted = {int(i) for i in np.linspace(0, max(0, total - 1), min(EXAMPLES, max(1, total)))}
+        self._seen = 0
+        self._columns: dict[str, list[np.ndarray]] = {}
+        self._ids: list[str] = []
+        self._tokens: list[Tensor] = []
+
+    def add(self, batch: Mapping[str, Tensor], predicted: Mapping[str, Tensor], samples: Sequence[PlanSample]) -> None:
+        """Keep the wanted ones of these samples."""
+        for row, sample in enumerate(samples):
+            if self._seen in self._wanted:
+                columns = {
+                    "image": self._image(sample),
+                    "depth_true": batch["depth"][row].numpy().copy(),
+                    "depth_linear": predicted["depth_linear"][row].cpu().numpy(),
+                    "depth_dpt": predicted["depth_dpt"][row].cpu().numpy(),
+                    "seg_true": batch["labels"][row].numpy().astype(np.int32),
+                    "seg_pred": predicted["segmentation"][row].cpu().numpy().astype(np.int32),
+                }
+                for name, value in columns.items():
+                    self._columns.setdefault(name, []).append(value)
+                self._ids.append(sample.id)
+                self._tokens.append(batch["tokens"][row, -1].float().clone())
+            self._seen += 1
+
+    def save(self, path: Path, classes: Sequence[str]) -> None:
+        """Write the archive; nothing where no sample was kept."""
+        if not self._ids:
+            return
+        arrays = {name: np.stack(values) for name, values in self._columns.items()}
+        arrays |= {
+            "pca": principal_colours(torch.stack(self._tokens)),
+            "ids": np.array(self._ids),
+            "classes": np.array([name or f"class {i}" for i, name in enumerate(classes)]),
+        }
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+
+    def _image(self, sample: PlanSample) -> np.ndarray:
+        """(H, W, 3) uint8: what the encoder saw, before normalisation."""
+        from PIL import Image
+
+        from models.encoders.preprocess import crop_box
+
+        targets = self._feed.targets
+        scene = self._feed.manifests[sample.source].scene(sample.item)
+        image = load_image(scene.views[sample.views[0].index].image)
+        box = crop_box(image.shape[:2], targets.height, targets.width)
+        resized = Image.fromarray(image).resize((targets.width, targets.height), Image.Resampling.BICUBIC, box=box)
+        return np.asarray(resized)
+
+
+def principal_colours(tokens: Tensor) -> np.ndarray:
+    """First three principal components of patch tokens (N, h, w, C), over all N images, as uint8 (N, h, w, 3).
+
+    The 1st and 99th percentile of each component become 0 and 255.
+    """
+    flat = tokens.flatten(0, 2).double()
+    flat = flat - flat.mean(0)
+    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
+    axes = axes[:3]
+    # The sign of a component is arbitrary; fixing it makes pictures of one model comparable.
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    values = flat @ (axes * largest.sign()).T
+    if values.shape[1] < 3:
+        values = F.pad(values, (0, 3 - values.shape[1]))
+    low, high = values.quantile(0.01, dim=0), values.quantile(0.99, dim=0)
+    scaled = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return (scaled * 255).round().to(torch.uint8).view(*tokens.shape[:3], 3).numpy()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
