@@ -1,0 +1,1 @@
+"""The longer experiments behind the figures in the documents; results are committed beside the models."""
