@@ -16,15 +16,15 @@ from itertools import islice
 from pathlib import Path
 
 from services.contracts import ImageRef, Item, Scene, View
+from services.data.codec import encode, to_plain
 from services.data.digests import Digester, FileDigest, Stamp, digest_file
 from services.data.images import image_size
 from services.data.manifest import Facts, Guard, Manifest, Row
 from services.data.readers import Notes, Reader
-from services.data.records import encode, to_plain
 from services.errors import DataError, QuarantineLimitError
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after every batch."""
+Progress = Callable[[int, int, str], None]
+"""Called with how many are done, how many there are, and the id of the last one."""
 
 _BATCH = 256
 
@@ -57,7 +57,7 @@ class Ingest:
                         yield row
                 done += len(batch)
                 if progress is not None:
-                    progress(done, len(ids))
+                    progress(done, len(ids), batch[-1])
 
     def _attempt(self, scene_id: str) -> tuple[Row | None, Notes, str]:
         notes = Notes()
@@ -77,6 +77,8 @@ class Ingest:
         others = [files.content(path) for path in _other_paths(record)]
         for path in notes.files:
             files.content(str(path))
+        for path in notes.containers:
+            files.container(str(path))
         plain = json.dumps(to_plain(record, lambda _: ""), sort_keys=True).encode()
         return Row(
             id=scene_id,
@@ -111,12 +113,16 @@ class _Files:
             return self._digester.image(ref)
         if ref.member is not None:
             # An archive is not hashed as a whole: each member has its digest, and another stamp means reading again.
-            stamp = Stamp.of(ref.path)
-            if stamp is None:
-                raise DataError(f"{ref.path}: there is no such file")
-            self.guards[ref.path] = Guard(path=self.relative(ref.path), stamp=stamp)
+            self.container(ref.path)
             return self._digester.image(ref)
         return self.content(ref.path)
+
+    def container(self, path: str) -> None:
+        """Guard a file by its stamp alone."""
+        stamp = Stamp.of(path)
+        if stamp is None:
+            raise DataError(f"{path}: there is no such file")
+        self.guards[path] = Guard(path=self.relative(path), stamp=stamp)
 
     def content(self, path: str) -> bytes:
         """Content digest of a file; read once a record."""
@@ -151,7 +157,7 @@ def index_reader(
         previous: An older manifest of the same settings.
         keep: Ids whose rows are taken from ``previous`` as they are.
         workers: Threads that read and hash.
-        progress: Called with (done, total).
+        progress: Called after every batch of scenes.
 
     Raises:
         DataError: There is nothing, or nothing that can be read.

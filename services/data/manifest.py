@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import xxhash
 
 from services.contracts import Item, Scene, Split
+from services.data.codec import decode
 from services.data.digests import Stamp, digest_file
-from services.data.records import decode
 from services.errors import DataError
 
 LAYOUT = 1

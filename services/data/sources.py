@@ -19,7 +19,7 @@ from typing import Any
 from configs.schema import RoomsConfig, RunConfig, SourceConfig, StorageConfig
 from services.data.ingest import Progress, index_reader
 from services.data.manifest import LAYOUT, Changes, Manifest
-from services.data.readers import Reader, open_reader
+from services.data.readers import Reader, open_reader, reader_class
 from services.errors import ConfigError, DataError
 from services.telemetry import events
 
@@ -75,7 +75,7 @@ def open_sources(
         config: The run.
         revalidate: Compare the files behind existing manifests with their stamps. Worker processes that start after
             the driver did so may pass False.
-        progress: Called with (done, total) while a source is read.
+        progress: Called with (done, total, last id) while rooms are made or a source is read.
 
     Raises:
         ConfigError: No source is configured, or one of its settings is unknown.
@@ -96,7 +96,9 @@ def _open(config: RunConfig, revalidate: bool, progress: Progress | None) -> dic
     opened = {}
     for name, source in sources.items():
         with events.span("index", source=name) as fields:
-            resolved = resolve_source(source, config.data.rooms, config.storage, progress)
+            resolved = resolve_source(source, config.data.rooms, config.storage)
+            if not source.root and (revalidate or not manifest_path(name, resolved, config.storage).exists()):
+                ensure_rooms(config.data.rooms, config.storage, progress)
             manifest, report = index_source(
                 name,
                 resolved,
@@ -130,7 +132,7 @@ def index_source(
     storage_root = Path(storage.root).expanduser()
     reader = open_reader(root, source, cache=storage_root / "data" / "derived" / name)
     settings = settings_digest(source, root, reader.version)
-    path = storage_root / "manifests" / f"{name}-{settings[:16]}.arrow"
+    path = manifest_path(name, source, storage)
     with exclusive(path.with_suffix(".lock")):
         old = _load_valid(path, settings)
         if old is not None and not revalidate:
@@ -155,24 +157,23 @@ def index_source(
     return manifest, _report(source, path, manifest, changes, len(keep), started)
 
 
-def resolve_source(
-    source: SourceConfig, rooms: RoomsConfig, storage: StorageConfig, progress: Progress | None = None
-) -> SourceConfig:
-    """The source with an absolute root; procedural rooms are made where they are not there yet."""
+def resolve_source(source: SourceConfig, rooms: RoomsConfig, storage: StorageConfig) -> SourceConfig:
+    """The source with an absolute root: that of procedural rooms without one is where :func:`ensure_rooms` makes them.
+
+    ConfigError when the root of another format is empty.
+    """
     if source.root:
         return dataclasses.replace(source, root=str(Path(source.root).expanduser().absolute()))
     if source.format != "rooms":
         raise ConfigError(f"root is empty; a source of format {source.format!r} needs the folder or file it lies in")
-    return dataclasses.replace(source, root=str(ensure_rooms(rooms, storage, progress)))
+    return dataclasses.replace(source, root=str(rooms_folder(rooms, storage)))
 
 
 def rooms_folder(rooms: RoomsConfig, storage: StorageConfig) -> Path:
     """Where the rooms of this config lie: named by everything that determines them."""
-    from services.data.rooms import GENERATOR_VERSION
+    from services.data.rooms import rooms_digest
 
-    parts = json.dumps([GENERATOR_VERSION, dataclasses.asdict(rooms)], sort_keys=True)
-    digest = hashlib.sha256(parts.encode()).hexdigest()
-    return Path(storage.root).expanduser().absolute() / "data" / f"rooms-{digest[:16]}"
+    return Path(storage.root).expanduser().absolute() / "data" / f"rooms-{rooms_digest(rooms)}"
 
 
 def ensure_rooms(rooms: RoomsConfig, storage: StorageConfig, progress: Progress | None = None) -> Path:
@@ -180,9 +181,16 @@ def ensure_rooms(rooms: RoomsConfig, storage: StorageConfig, progress: Progress 
     from services.data.rooms import make_rooms
 
     folder = rooms_folder(rooms, storage)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_suffix(".lock")):
         return make_rooms(rooms, folder, progress=progress)
+
+
+def manifest_path(name: str, source: SourceConfig, storage: StorageConfig) -> Path:
+    """The file of a source's manifest, whether it is there or not. ``source`` has its root."""
+    root = Path(source.root).expanduser().absolute()
+    version = reader_class(source.format).version
+    folder = Path(storage.root).expanduser().absolute() / "manifests"
+    return folder / f"{name}-{settings_digest(source, root, version)[:16]}.arrow"
 
 
 def settings_digest(source: SourceConfig, root: Path, version: int) -> str:

@@ -14,7 +14,7 @@ from configs.schema import SourceConfig
 from services.data.readers.base import Notes, Reader
 from services.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "Notes", "Reader", "open_reader"]
+__all__ = ["FORMATS", "Notes", "Reader", "open_reader", "reader_class"]
 
 #: Format name -> "module:class" below this package.
 FORMATS: dict[str, str] = {
@@ -31,6 +31,17 @@ FORMATS: dict[str, str] = {
 }
 
 
+def reader_class(name: str) -> type[Reader]:
+    """The reader of a format. ConfigError with the nearest name when there is none."""
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"format={name!r} is not one of {', '.join(sorted(FORMATS))}{hint}")
+    module, _, attribute = FORMATS[name].partition(":")
+    reader: type[Reader] = getattr(import_module(f"{__name__}.{module}"), attribute)
+    return reader
+
+
 def open_reader(root: str | Path, source: SourceConfig, *, cache: Path | None = None) -> Reader:
     """The reader of ``source.format`` on the folder or file ``root``.
 
@@ -43,12 +54,7 @@ def open_reader(root: str | Path, source: SourceConfig, *, cache: Path | None = 
         ConfigError: The format or one of its options is unknown; the message names the nearest.
         DataError: There is nothing at ``root``.
     """
-    if source.format not in FORMATS:
-        near = difflib.get_close_matches(source.format, FORMATS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"format={source.format!r} is not one of {', '.join(sorted(FORMATS))}{hint}")
+    reader = reader_class(source.format)
     if not Path(root).exists():
         raise DataError(f"{root}: there is no such folder or file (root of a source of format {source.format!r})")
-    module, _, name = FORMATS[source.format].partition(":")
-    reader: type[Reader] = getattr(import_module(f"{__name__}.{module}"), name)
     return reader(Path(root).absolute(), source, cache=cache)

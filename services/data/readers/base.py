@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from configs.schema import SourceConfig
-from services.contracts import Intrinsics, Item, Matrix, Scene, Split
+from services.contracts import Box3D, Intrinsics, Item, Matrix, Scene, Split
 from services.errors import ConfigError, DataError
 
 
@@ -25,6 +26,8 @@ class Notes:
     """What a reader says beside the scene: the files it read, and the views it left out and why."""
 
     files: list[Path] = field(default_factory=list)
+    containers: list[Path] = field(default_factory=list)
+    """Archives that it read a part of: too large to hash whole, so another stamp alone means that they changed."""
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """For each reason the first file that it holds for."""
@@ -187,15 +190,45 @@ def stable_split(scene_id: str) -> Split:
     return Split.TRAIN if bucket < 8 else Split.VAL if bucket == 8 else Split.TEST
 
 
-def frame_order(path: Path) -> tuple[float, str]:
-    """Sort key of frame files: by the number that the name is, otherwise by name."""
-    digits = "".join(letter for letter in path.stem if letter.isdigit())
-    return (float(digits) if digits else -1.0, path.name)
+def frame_order(name: str | Path) -> tuple[int, tuple[float | str, ...], str]:
+    """Sort key of frame files: by the number that the name is, otherwise by name with its numbers as numbers."""
+    stem = Path(name).stem
+    try:
+        return (0, (float(stem),), str(name))
+    except ValueError:
+        parts = re.split(r"(\d+)", stem)
+        return (1, tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), str(name))
 
 
 def to_matrix(array: np.ndarray) -> Matrix:
     """An array as nested tuples of floats."""
     return tuple(tuple(float(value) for value in row) for row in array)
+
+
+def from_opengl(pose: np.ndarray) -> np.ndarray:
+    """A camera-to-world pose with OpenGL axes (y up, z backward) as one with OpenCV axes: columns 1 and 2 negated."""
+    return pose * np.array([1.0, -1.0, -1.0, 1.0])
+
+
+def inverse_pose(pose: np.ndarray) -> np.ndarray:
+    """World-to-camera to camera-to-world and back, for a rigid 4x4 or 3x4 matrix: transposed, not solved for."""
+    rotation, translation = pose[:3, :3], pose[:3, 3]
+    result = np.eye(4)
+    result[:3, :3] = rotation.T
+    result[:3, 3] = -rotation.T @ translation
+    return result
+
+
+def oriented_box(obb: Mapping[str, Any]) -> Box3D:
+    """Box of an annotation: centre, full lengths, and nine numbers that list the unit axes one after the other."""
+    axes = np.asarray(obb["normalizedAxes"], dtype=np.float64).reshape(3, 3)
+    return Box3D(center=triple(obb["centroid"]), size=triple(obb["axesLengths"]), axes=to_matrix(axes.T))
+
+
+def triple(values: Iterable[Any]) -> tuple[float, float, float]:
+    """Three numbers as a tuple of floats. ValueError when they are not three."""
+    x, y, z = (float(value) for value in values)
+    return x, y, z
 
 
 def usable_pose(pose: np.ndarray) -> bool:

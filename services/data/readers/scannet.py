@@ -32,7 +32,9 @@ from services.data.readers.base import (
     Reader,
     checked_pose,
     intrinsics_of,
+    oriented_box,
     to_matrix,
+    triple,
     usable_pose,
 )
 from services.errors import DataError
@@ -193,7 +195,7 @@ class ScanNetReader(Reader):
         for group in groups:
             try:
                 object_id, raw = int(group["objectId"]), str(group["label"])
-                box = _oriented_box(group["obb"]) if "obb" in group else None
+                box = oriented_box(group["obb"]) if "obb" in group else None
                 parts = group.get("segments", [])
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path}: a segment group is incomplete or wrong ({error!r})") from error
@@ -231,18 +233,7 @@ class _Vertices:
         low, high = points.min(axis=0), points.max(axis=0)
         inverse = np.linalg.inv(self.alignment)
         center = inverse[:3, :3] @ ((low + high) / 2) + inverse[:3, 3]
-        return Box3D(center=_triple(center), size=_triple(high - low), axes=to_matrix(inverse[:3, :3]))
-
-
-def _oriented_box(obb: dict[str, Any]) -> Box3D:
-    # The file lists the axes one after the other; Box3D has them as columns.
-    axes = np.asarray(obb["normalizedAxes"], dtype=np.float64).reshape(3, 3).T
-    return Box3D(center=_triple(obb["centroid"]), size=_triple(obb["axesLengths"]), axes=to_matrix(axes))
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    x, y, z = (float(value) for value in values)
-    return x, y, z
+        return Box3D(center=triple(center), size=triple(high - low), axes=to_matrix(inverse[:3, :3]))
 
 
 def _alignment(facts: dict[str, str], folder: Path) -> np.ndarray | None:

@@ -1,0 +1,154 @@
+"""Lenses that bend lines: pictures are undistorted once, at ingest, or the source is refused by name.
+
+Behind the readers every camera is a pinhole. The undistorted picture shows only what the lens saw (no black border);
+its camera keeps the lens's optical centre and direction, so poses and depth along z stay what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from services.contracts import DepthRef, ImageRef, Intrinsics
+from services.data.images import load_image
+from services.data.readers.base import Notes, checked_intrinsics
+from services.errors import ConfigError, DataError
+
+_JPEG = frozenset({".jpg", ".jpeg"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lens:
+    """A camera with distortion, pixel centres at integers.
+
+    ``model`` is "brown" (coefficients k1 k2 p1 p2 [k3 k4 k5 k6], OpenCV's order) or "fisheye" (k1 k2 k3 k4 of the
+    equidistant model).
+    """
+
+    camera: Intrinsics
+    model: str = "brown"
+    coefficients: tuple[float, ...] = ()
+
+    @property
+    def distorts(self) -> bool:
+        """Whether it is anything but a pinhole. A fisheye lens is none even with all coefficients zero."""
+        return self.model == "fisheye" or any(self.coefficients)
+
+    def pinhole(self) -> Intrinsics:
+        """The camera of the undistorted picture: same size, every pixel of it seen by the lens."""
+        import cv2
+
+        camera, size = self.camera.matrix(), (self.camera.width, self.camera.height)
+        if self.model == "fisheye":
+            new = cv2.fisheye.estimateNewCameraMatrixForUndistortRectify(
+                camera, np.array(self.coefficients), size, np.eye(3), balance=0.0
+            )
+        else:
+            new, _ = cv2.getOptimalNewCameraMatrix(camera, np.array(self.coefficients), size, 0.0)
+        return dataclasses.replace(
+            self.camera, fx=float(new[0, 0]), fy=float(new[1, 1]), cx=float(new[0, 2]), cy=float(new[1, 2])
+        )
+
+    def maps(self, pinhole: Intrinsics) -> tuple[np.ndarray, np.ndarray]:
+        """For every pixel of the undistorted picture the place in the stored one, as two float32 (H, W) maps."""
+        import cv2
+
+        size = (pinhole.width, pinhole.height)
+        camera, coefficients = self.camera.matrix(), np.array(self.coefficients)
+        rectify = cv2.fisheye.initUndistortRectifyMap if self.model == "fisheye" else cv2.initUndistortRectifyMap
+        u, v = rectify(camera, coefficients, np.eye(3), pinhole.matrix(), size, cv2.CV_32FC1)
+        return np.asarray(u), np.asarray(v)
+
+
+class Undistorter:
+    """Undistorted copies of a source's pictures below ``folder``, written once.
+
+    Args:
+        folder: Where they go; None where the caller offers no place.
+        mode: "write", or "refuse" to refuse distorted pictures.
+    """
+
+    def __init__(self, folder: Path | None, mode: str) -> None:
+        if mode not in ("write", "refuse"):
+            raise ConfigError(f"options.undistort={mode!r} is not one of write, refuse")
+        self._folder = folder
+        self._mode = mode
+        self._maps: dict[Lens, tuple[Intrinsics, np.ndarray, np.ndarray]] = {}
+
+    def apply(
+        self, image: Path, depth: DepthRef | None, lens: Lens, scene_id: str, notes: Notes
+    ) -> tuple[ImageRef, DepthRef | None, Intrinsics]:
+        """The picture, its depth and its camera without distortion; the stored ones where there is none.
+
+        DataError when the mode is "refuse" or the picture has another size than the lens.
+        """
+        if not lens.distorts:
+            return ImageRef(path=str(image)), depth, checked_intrinsics(lens.camera, image)
+        if self._mode == "refuse" or self._folder is None:
+            raise DataError(
+                f"{image}: taken through a {lens.model} lens with the coefficients {list(lens.coefficients)}; "
+                "set options.undistort=write to undistort at ingest, or give undistorted pictures"
+            )
+        if depth is not None and (depth.K.width, depth.K.height) != (lens.camera.width, lens.camera.height):
+            raise DataError(f"{depth.path}: a depth map through a lens must have the size of its picture")
+        # The stored files decide what the copies hold, so they are guarded as well.
+        notes.files.append(image)
+        copy = self._copy(image, lens, scene_id, "linear")
+        pinhole = self._mapping(lens)[0]
+        if depth is not None:
+            notes.files.append(Path(depth.path))
+            plain = self._copy(Path(depth.path), lens, scene_id, "nearest")
+            depth = dataclasses.replace(depth, path=str(plain), K=pinhole)
+        return ImageRef(path=str(copy)), depth, pinhole
+
+    def _mapping(self, lens: Lens) -> tuple[Intrinsics, np.ndarray, np.ndarray]:
+        if lens not in self._maps:
+            pinhole = lens.pinhole()
+            self._maps[lens] = (pinhole, *lens.maps(pinhole))
+        return self._maps[lens]
+
+    def _copy(self, path: Path, lens: Lens, scene_id: str, interpolation: str) -> Path:
+        assert self._folder is not None
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        # The name says everything that determines the copy: a changed picture or lens gets another one.
+        parts = json.dumps([str(path), stat.st_size, stat.st_mtime_ns, dataclasses.asdict(lens)])
+        name = hashlib.sha256(parts.encode()).hexdigest()[:12]
+        suffix = path.suffix.lower() if path.suffix.lower() in _JPEG else ".png"
+        copy = self._folder / "undistorted" / scene_id / f"{path.stem}-{name}{suffix}"
+        if not copy.exists():
+            _write(self._remapped(path, lens, interpolation), copy)
+        return copy
+
+    def _remapped(self, path: Path, lens: Lens, interpolation: str) -> np.ndarray:
+        import cv2
+
+        _, u, v = self._mapping(lens)
+        if interpolation == "linear":
+            pixels = load_image(ImageRef(path=str(path)))
+        else:
+            with Image.open(path) as image:
+                pixels = np.array(image)
+        if pixels.shape[:2] != (lens.camera.height, lens.camera.width):
+            raise DataError(
+                f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]} but its intrinsics are for "
+                f"{lens.camera.width}x{lens.camera.height}"
+            )
+        flag = cv2.INTER_LINEAR if interpolation == "linear" else cv2.INTER_NEAREST
+        return np.asarray(cv2.remap(pixels, u, v, flag))
+
+
+def _write(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    Image.fromarray(pixels).save(temporary, quality=97)
+    temporary.replace(path)
