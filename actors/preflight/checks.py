@@ -1,0 +1,98 @@
+"""What stops a run before it starts, beside roles that fit nowhere. Each check yields one sentence a fault."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from actors.preflight.plan import CachePlan, NodePlan, RolePlan
+from configs.paths import is_uri
+from configs.schema import RunConfig
+from services.runtime.placement import MEMORY
+
+GB = 1e9
+
+#: File system types that several machines see alike.
+SHARED_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "lustre", "beegfs", "gpfs", "ceph", "cifs", "smb3", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs",
+     "glusterfs", "wekafs", "fuse.gcsfuse", "fuse.s3fs", "afs", "panfs", "orangefs", "efs"}
+)  # fmt: skip
+
+
+def storage_problems(config: RunConfig, nodes: Sequence[NodePlan]) -> Iterator[str]:
+    """A folder that only this machine sees, in a run of several; optional libraries that a setting needs."""
+    root = config.storage.root
+    if len(nodes) > 1 and config.cluster.mode == "attach" and not is_uri(root):
+        kind = file_system(Path(root))
+        if kind not in SHARED_FILE_SYSTEMS:
+            yield (
+                f"storage.root={root} lies on a local disk of this machine (file system {kind or 'unknown'}), but the "
+                f"run has {len(nodes)} nodes: checkpoints and features written on one would be missing on the others; "
+                "give a folder on a shared file system, or a URI such as s3://bucket/loom3d"
+            )
+    for library, value in (("wandb", config.logger.wandb), ("mlflow", config.logger.mlflow)):
+        if value and find_spec(library) is None:
+            yield f"logger.{library}={value} needs the library {library}: pip install 'loom3d[{library}]'"
+
+
+def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_memory_gb: float) -> Iterator[str]:
+    """Workers that need more memory than their node or their GPU has."""
+    for node in nodes:
+        offered = node.offers.get(MEMORY, 0.0)
+        if offered and node.host_bytes > offered * GB:
+            inside = ", ".join(f"{r.nodes.count(node.name)} x {r.role}" for r in roles if node.name in r.nodes)
+            yield (
+                f"node {node.name}: {inside} need about {node.host_bytes / GB:.1f} GB of memory, it has "
+                f"{offered:g} GB; lower trainer.micro_batch (with more accumulation), use fewer workers, or add memory"
+            )
+    for role in roles:
+        room = role.asks.get("GPU", 0.0) * gpu_memory_gb * GB
+        if role.device_bytes and room and role.device_bytes > room:
+            yield (
+                f"role {role.role!r}: one worker needs about {role.device_bytes / GB:.1f} GB of GPU memory, "
+                f"{role.asks['GPU']:g} GPU of {gpu_memory_gb:g} GB has {room / GB:.1f} GB; lower trainer.micro_batch "
+                "(with more accumulation), or set trainer.activation_checkpointing=true or trainer.precision=bfloat16"
+            )
+
+
+def disk_problems(config: RunConfig, cache: CachePlan) -> Iterator[str]:
+    """A cache that does not fit the disk of this machine, where the run is on this machine."""
+    root = cache_root(config)
+    if config.cluster.mode == "attach" or root is None or not cache.stored_bytes:
+        return
+    free = shutil.disk_usage(existing_parent(root)).free
+    if cache.stored_bytes > free:
+        yield (
+            f"the features need {cache.stored_bytes / GB:.1f} GB, {root} has {free / GB:.1f} GB free; set "
+            f"cache.budget_bytes (below {free:.0f}), cache=fp8, fewer encoders.*.layers, or another cache.root"
+        )
+
+
+def cache_root(config: RunConfig) -> Path | None:
+    """Folder of the node-local tier; None when storage is a URI and none is given."""
+    if config.cache.root:
+        return Path(config.cache.root)
+    return None if is_uri(config.storage.root) else Path(config.storage.root) / "cache"
+
+
+def existing_parent(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that holds ``path`` (which need not exist yet); "" where it cannot be known."""
+    path = existing_parent(path).resolve()
+    best, kind = -1, ""
+    for partition in psutil.disk_partitions(all=True):
+        mount = Path(partition.mountpoint)
+        if path.is_relative_to(mount) and len(mount.parts) > best:
+            best, kind = len(mount.parts), partition.fstype
+    return kind

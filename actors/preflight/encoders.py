@@ -1,0 +1,123 @@
+"""What an encoder costs, from its architecture alone: the network is built on the meta device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.preflight.published import ARCHITECTURES as PUBLISHED
+from configs.schema import EncoderConfig, RunConfig
+from models.encoders.hf import HFEncoder
+from models.errors import WeightsError
+from models.spec import TensorSpec
+
+#: Activations alive at once in a transformer block, in widths of the network: input, residual, the MLP's hidden layer
+#: (4) and its activation (4), query, key and value (3).
+WIDTH_FACTOR = 13
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int64": 8, "int32": 4, "uint8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCost:
+    """One frozen encoder: weights, work and output of one input."""
+
+    name: str
+    parameters: int
+    weight_bytes: int
+    flops: int
+    """Of one input's forward pass."""
+    outputs: dict[str, TensorSpec]
+    record_bytes: int
+    """Of one input's outputs in the store, with the configured codec."""
+    working_bytes: int
+    """Of one input while it is encoded: the widest layer's activations."""
+
+    def memory(self, inputs: int) -> int:
+        """Bytes of a replica that encodes ``inputs`` at a time, outputs included."""
+        return self.weight_bytes + inputs * (self.working_bytes + self.record_bytes)
+
+
+def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
+    """The cost of ``encoders.<name>``; FLOPs are 0 where they are not counted (texts, records of another encoder).
+
+    Weights are not loaded, and weights of a published name need not be there yet. WeightsError when the
+    architecture cannot be known; ModelError for sizes that the network cannot have.
+    """
+    from models.encoders import hf
+    from models.encoders.base import InputKind
+    from models.encoders.families import input_kind
+
+    settings = config.encoders[name]
+    if input_kind(settings.family) is InputKind.IMAGE:
+        encoder = _describe(settings)
+        outputs, parameters, flops = dict(encoder.outputs()), hf.parameter_count(encoder), hf.flops_per_image(encoder)
+    else:
+        from services.features.encode import build_encoder
+
+        other = build_encoder(name, config)
+        outputs, parameters, flops = dict(other.outputs()), sum(p.numel() for p in other.parameters()), 0
+    item = BYTES[settings.dtype]
+    return EncoderCost(
+        name=name,
+        parameters=parameters,
+        weight_bytes=parameters * item,
+        flops=flops,
+        outputs=outputs,
+        record_bytes=record_bytes(outputs, config.cache.codec),
+        working_bytes=_widest(outputs) * WIDTH_FACTOR * item,
+    )
+
+
+def _widest(outputs: Mapping[str, TensorSpec]) -> int:
+    """Numbers of one layer's tokens: the last of the tapped ones."""
+    shape = outputs["tokens"].shape if "tokens" in outputs else ()
+    return math.prod(axis or 0 for axis in shape[1:]) if shape else 0
+
+
+def record_bytes(outputs: Mapping[str, TensorSpec], codec: str) -> int:
+    """Bytes of one record in the store: its tensors, or with fp8 one byte a number and a float32 scale a token."""
+    total = 0
+    for spec in outputs.values():
+        numbers = math.prod(axis or 0 for axis in spec.shape)
+        if codec == "fp8_e4m3":
+            total += numbers + 4 * numbers // max(spec.shape[-1] or 1, 1)
+        else:
+            total += numbers * BYTES[spec.dtype]
+    return total
+
+
+def _describe(settings: EncoderConfig) -> HFEncoder:
+    """The encoder without its weights. One with random weights is described like one from a folder not yet read."""
+    import transformers
+
+    from models.encoders import hf
+
+    if settings.weights != "random":
+        try:
+            return hf.load_encoder(
+                settings.family,
+                settings.weights,
+                height=settings.height,
+                width=settings.width,
+                layers=settings.layers,
+                dtype=settings.dtype,
+            )
+        except WeightsError:
+            if settings.weights not in PUBLISHED:
+                raise
+    arch = dict(PUBLISHED.get(settings.weights, settings.arch))
+    kind = str(arch.pop("model_type", "")) or hf.FAMILIES[settings.family][0]
+    architecture = hf.ARCHITECTURES[kind]
+    mean, std = architecture.normalisation
+    return hf.HFEncoder(
+        architecture,
+        hf.random_config(getattr(transformers, architecture.config), arch),
+        hf.Preprocessing(height=settings.height, width=settings.width, mean=mean, std=std),
+        layers=settings.layers,
+        dtype=settings.dtype,
+        folder=Path("not-read"),
+        seed=settings.seed,
+    )

@@ -1,0 +1,119 @@
+"""The plan of a run: what it needs, where it goes, how long it takes, and whether it fits. Nothing is started."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from actors.preflight.encoders import EncoderCost
+from actors.preflight.memory import StepCost
+from actors.preflight.sizes import DataSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolePlan:
+    """One worker group: its size, what each worker asks for, where each goes, and the memory of one."""
+
+    role: str
+    workers: int
+    asks: dict[str, float]
+    nodes: tuple[str, ...]
+    """Node of each worker; empty where they do not fit, or without Ray."""
+    host_bytes: int
+    device_bytes: int
+    """0 for a role without GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePlan:
+    """One machine, and the memory that the workers placed on it are expected to use."""
+
+    name: str
+    offers: dict[str, float]
+    host_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What the feature cache will hold and give."""
+
+    mode: str
+    records: int
+    record_bytes: int
+    budget_bytes: int
+    """0: no limit."""
+    hit_rates: tuple[float, ...]
+    """Expected share of look-ups that hit in epochs 1, 2 and 3, beginning with an empty cache."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all records."""
+        return self.records * self.record_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that will be on disk."""
+        if self.mode == "never":
+            return 0
+        return min(self.bytes, self.budget_bytes) if self.budget_bytes else self.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Steps and time."""
+
+    steps: int
+    samples_per_step: int
+    steps_per_epoch: int
+    """0 where the size of the data is not known."""
+    epochs: float
+    encode_s: float
+    """Of every feature once, over all replicas."""
+    train_s: float
+    """Of all steps, without waiting for data."""
+    validate_s: float
+    total_s: float
+    """Encoding runs beside training, so an epoch lasts as long as the slower of the two; then validation."""
+    bottleneck: str
+    """Of the first epoch: encoding | training."""
+    rates: str
+    """Where the rates come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that ``loom3d plan`` says."""
+
+    name: str
+    model: str
+    roles: tuple[RolePlan, ...]
+    nodes: tuple[NodePlan, ...]
+    steps: dict[str, StepCost]
+    """Role -> cost of one worker's micro-batch."""
+    samples: dict[str, int]
+    """Role -> samples of one worker's micro-batch."""
+    peaks: dict[str, int]
+    """Role -> peak bytes of tensors of one worker."""
+    encoders: tuple[EncoderCost, ...]
+    data: tuple[DataSize, ...]
+    cache: CachePlan
+    schedule: Schedule
+    problems: tuple[str, ...] = ()
+    """Why the run cannot start; empty when it can."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run can start."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; unlimited resources are left out."""
+        tree = dataclasses.asdict(self)
+        tree["fits"] = self.fits
+        tree["cache"] |= {"bytes": self.cache.bytes, "stored_bytes": self.cache.stored_bytes}
+        for node in tree["nodes"]:
+            node["offers"] = {k: v for k, v in node["offers"].items() if v != float("inf")}
+        return tree

@@ -1,0 +1,38 @@
+"""Architectures of published encoders by hub name, so that a run can be planned before its weights are there.
+
+Taken from the ``config.json`` of each; only what differs from the defaults of the transformers class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SMALL: Mapping[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+_BASE: Mapping[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+_LARGE: Mapping[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "facebook/dinov2-small": {**_SMALL, "patch_size": 14, "image_size": 518},
+    "facebook/dinov2-base": {**_BASE, "patch_size": 14, "image_size": 518},
+    "facebook/dinov2-large": {**_LARGE, "patch_size": 14, "image_size": 518},
+    "facebook/dinov2-giant": {
+        "hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True,
+        "patch_size": 14, "image_size": 518,
+    },
+    "facebook/dinov3-vits16-pretrain-lvd1689m": {**_SMALL, "intermediate_size": 1536, "num_register_tokens": 4},
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": {**_BASE, "intermediate_size": 3072, "num_register_tokens": 4},
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": {**_LARGE, "intermediate_size": 4096, "num_register_tokens": 4},
+    "google/siglip2-base-patch16-224": {**_BASE, "intermediate_size": 3072, "patch_size": 16, "image_size": 224},
+    "google/siglip2-large-patch16-256": {**_LARGE, "intermediate_size": 4096, "patch_size": 16, "image_size": 256},
+    "google/siglip2-so400m-patch14-384": {
+        "hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304,
+        "patch_size": 14, "image_size": 384,
+    },
+    "openai/clip-vit-base-patch16": {
+        **_BASE, "intermediate_size": 3072, "patch_size": 16, "image_size": 224, "projection_dim": 512,
+    },
+    "openai/clip-vit-large-patch14": {
+        **_LARGE, "intermediate_size": 4096, "patch_size": 14, "image_size": 224, "projection_dim": 768,
+    },
+}  # fmt: skip
