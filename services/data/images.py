@@ -67,7 +67,7 @@ def load_depth(ref: DepthRef) -> np.ndarray:
     Reads 8- or 16-bit or float pictures (PNG, TIFF) and ``.npy`` arrays. DataError when the file is missing or
     broken, has more than one channel, or has another size than its camera.
     """
-    stored = _load_array(ref.path, "a depth map").astype(np.float64)
+    stored = load_stored(ref.path).astype(np.float64)
     if stored.shape != (ref.K.height, ref.K.width):
         raise DataError(
             f"{ref.path}: the depth map is {stored.shape[1]}x{stored.shape[0]} but its intrinsics are for "
@@ -77,6 +77,11 @@ def load_depth(ref: DepthRef) -> np.ndarray:
     if ref.unknown is not None:
         known &= stored != ref.unknown
     return np.where(known, stored * ref.metres_per_unit, 0.0).astype(np.float32)
+
+
+def load_stored(path: str | Path) -> np.ndarray:
+    """The numbers of a depth map as they are stored (H, W), without unit."""
+    return _load_array(str(path), "a depth map")
 
 
 def load_ids(path: str | Path) -> np.ndarray:

@@ -10,6 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +19,17 @@ import numpy as np
 from PIL import Image
 
 from services.contracts import DepthRef, ImageRef, Intrinsics
-from services.data.images import load_image
+from services.data.images import load_image, load_stored
 from services.data.readers.base import Notes, checked_intrinsics
 from services.errors import ConfigError, DataError
 
 _JPEG = frozenset({".jpg", ".jpeg"})
+# Neighbours whose depths differ by less than this share of the depth belong to one surface.
+_SURFACE = 0.1
+# Steps by which the view is narrowed where a border would show, and how many of them a sane lens may need.
+_ZOOM, _ZOOMS = 1.005, 200
+
+Remap = Callable[[Path, "Lens", np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +60,20 @@ class Lens:
             )
         else:
             new, _ = cv2.getOptimalNewCameraMatrix(camera, np.array(self.coefficients), size, 0.0)
-        return dataclasses.replace(
+        pinhole = dataclasses.replace(
             self.camera, fx=float(new[0, 0]), fy=float(new[1, 1]), cx=float(new[0, 2]), cy=float(new[1, 2])
         )
+        # OpenCV samples the border coarsely: narrow the view until every pixel lies inside of the stored picture.
+        for _ in range(_ZOOMS):
+            if self._sees(pinhole):
+                return pinhole
+            pinhole = dataclasses.replace(pinhole, fx=pinhole.fx * _ZOOM, fy=pinhole.fy * _ZOOM)
+        raise DataError(f"a {self.model} lens with the coefficients {list(self.coefficients)} cannot be undistorted")
+
+    def _sees(self, pinhole: Intrinsics) -> bool:
+        u, v = self.maps(pinhole)
+        right, bottom = self.camera.width - 1, self.camera.height - 1
+        return bool(u.min() >= 0 and v.min() >= 0 and u.max() <= right and v.max() <= bottom)
 
     def maps(self, pinhole: Intrinsics) -> tuple[np.ndarray, np.ndarray]:
         """For every pixel of the undistorted picture the place in the stored one, as two float32 (H, W) maps."""
@@ -100,11 +119,11 @@ class Undistorter:
             raise DataError(f"{depth.path}: a depth map through a lens must have the size of its picture")
         # The stored files decide what the copies hold, so they are guarded as well.
         notes.files.append(image)
-        copy = self._copy(image, lens, scene_id, "linear")
+        copy = self._copy(image, lens, scene_id, _remap_color)
         pinhole = self._mapping(lens)[0]
         if depth is not None:
             notes.files.append(Path(depth.path))
-            plain = self._copy(Path(depth.path), lens, scene_id, "nearest")
+            plain = self._copy(Path(depth.path), lens, scene_id, _remap_depth)
             depth = dataclasses.replace(depth, path=str(plain), K=pinhole)
         return ImageRef(path=str(copy)), depth, pinhole
 
@@ -114,7 +133,7 @@ class Undistorter:
             self._maps[lens] = (pinhole, *lens.maps(pinhole))
         return self._maps[lens]
 
-    def _copy(self, path: Path, lens: Lens, scene_id: str, interpolation: str) -> Path:
+    def _copy(self, path: Path, lens: Lens, scene_id: str, remap: Remap) -> Path:
         assert self._folder is not None
         try:
             stat = path.stat()
@@ -126,29 +145,48 @@ class Undistorter:
         suffix = path.suffix.lower() if path.suffix.lower() in _JPEG else ".png"
         copy = self._folder / "undistorted" / scene_id / f"{path.stem}-{name}{suffix}"
         if not copy.exists():
-            _write(self._remapped(path, lens, interpolation), copy)
+            _, u, v = self._mapping(lens)
+            _write(remap(path, lens, u, v), copy)
         return copy
 
-    def _remapped(self, path: Path, lens: Lens, interpolation: str) -> np.ndarray:
-        import cv2
 
-        _, u, v = self._mapping(lens)
-        if interpolation == "linear":
-            pixels = load_image(ImageRef(path=str(path)))
-        else:
-            with Image.open(path) as image:
-                pixels = np.array(image)
-        if pixels.shape[:2] != (lens.camera.height, lens.camera.width):
-            raise DataError(
-                f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]} but its intrinsics are for "
-                f"{lens.camera.width}x{lens.camera.height}"
-            )
-        flag = cv2.INTER_LINEAR if interpolation == "linear" else cv2.INTER_NEAREST
-        return np.asarray(cv2.remap(pixels, u, v, flag))
+def _checked(pixels: np.ndarray, path: Path, lens: Lens) -> np.ndarray:
+    if pixels.shape[:2] != (lens.camera.height, lens.camera.width):
+        raise DataError(
+            f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]} but its intrinsics are for "
+            f"{lens.camera.width}x{lens.camera.height}"
+        )
+    return pixels
+
+
+def _remap_color(path: Path, lens: Lens, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    import cv2
+
+    pixels = _checked(load_image(ImageRef(path=str(path))), path, lens)
+    return np.asarray(cv2.remap(pixels, u, v, cv2.INTER_LINEAR))
+
+
+def _remap_depth(path: Path, lens: Lens, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Stored depth at other places: interpolated within a surface, never across an edge or into the unknown."""
+    import cv2
+
+    stored = _checked(load_stored(path), path, lens)
+    depth = stored.astype(np.float32)
+    around = np.ones((3, 3), np.uint8)
+    low, high = cv2.erode(depth, around), cv2.dilate(depth, around)
+    smooth = ((low > 0) & (high - low < _SURFACE * high)).astype(np.uint8)
+    nearest = cv2.remap(depth, u, v, cv2.INTER_NEAREST)
+    within = cv2.remap(smooth, u, v, cv2.INTER_NEAREST) > 0
+    merged = np.where(within, cv2.remap(depth, u, v, cv2.INTER_LINEAR), nearest)
+    return np.round(merged).astype(stored.dtype) if stored.dtype.kind in "iu" else merged
 
 
 def _write(pixels: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    Image.fromarray(pixels).save(temporary, quality=97)
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
+    if pixels.dtype.kind == "f":
+        # Pillow writes floats as TIFF only; the suffix of the copy says nothing to a reader that looks inside.
+        Image.fromarray(pixels.astype(np.float32)).save(temporary, format="TIFF")
+    else:
+        Image.fromarray(pixels).save(temporary, quality=97)
     temporary.replace(path)
