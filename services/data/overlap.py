@@ -77,16 +77,20 @@ def stack_depth(
     )
 
 
-def pairwise_overlap(small: SmallDepth, *, relative: float = 0.05, absolute: float = 0.05) -> np.ndarray:
-    """Overlap (N, N): entry (i, j) is the share of i's known pixels that j sees too, unoccluded.
+def pairwise_overlap(
+    small: SmallDepth, *, relative: float = 0.05, absolute: float = 0.05, rows: int | None = None
+) -> np.ndarray:
+    """Overlap (rows, N): entry (i, j) is the share of i's known pixels that j sees too, unoccluded.
+
+    ``rows`` limits i to the first so many views; None means all.
 
     The matrix is not symmetric: a close-up lies wholly in a wide view, not the other way round. A row without any
     known depth is 0. Tolerances as in :func:`models.geometry.projection.reproject`; they are wide because a thinned
     map has few samples on slanted surfaces.
     """
     count = len(small.views)
-    overlap = np.zeros((count, count))
-    for i in range(count):
+    overlap = np.zeros((count if rows is None else rows, count))
+    for i in range(len(overlap)):
         depth, K, pose = (x[i].expand_as(x) for x in (small.depth, small.K, small.pose))
         result = projection.reproject(
             depth, K, pose, small.depth, small.K, small.pose, relative=relative, absolute=absolute

@@ -1,0 +1,191 @@
+"""Check a whole source: every view by itself, the views of a scene with each other, and the source for repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ChecksConfig, RunConfig
+from services.contracts import Item, Scene
+from services.data.checks.files import check_view, thumbnail
+from services.data.checks.findings import Fault, Finding, write_quarantine
+from services.data.checks.geometry import check_geometry
+from services.data.checks.repeats import EvaluationSet, Picture, identical, leaks, nearly_identical
+from services.data.images import load_image
+from services.data.manifest import Manifest
+from services.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """Result of checking one source."""
+
+    source: str
+    root: str
+    digest: str
+    scenes: int
+    views: int
+    findings: tuple[Finding, ...]
+    overlaps: dict[str, float]
+    """``scene#view3`` -> largest overlap with another view, for all views that could be compared."""
+
+    @property
+    def counts(self) -> dict[Fault, int]:
+        """Findings by kind, all kinds, in order."""
+        found = Counter(finding.fault for finding in self.findings)
+        return {fault: found[fault] for fault in Fault}
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.html`` (self-contained), ``report.json`` and ``quarantine.txt`` into ``folder``."""
+        from services.data.checks.report import render
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.html").write_text(render(self), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        write_quarantine(self.findings, folder / "quarantine.txt", self.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "source": self.source,
+            "root": self.root,
+            "digest": self.digest,
+            "scenes": self.scenes,
+            "views": self.views,
+            "counts": {str(fault): count for fault, count in self.counts.items()},
+            "overlaps": self.overlaps,
+            "findings": [
+                {
+                    "fault": str(finding.fault),
+                    "id": finding.id,
+                    "reason": finding.reason,
+                    "quarantined": finding.quarantined,
+                }
+                for finding in self.findings
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """The report as lines of text for a terminal."""
+        text = [f"{self.source}: {self.scenes} scenes or items, {self.views} views in {self.root}"]
+        text += [f"  {count:6d}  {fault}" for fault, count in self.counts.items() if count]
+        return text if self.findings else [*text, "  no faults"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Checked:
+    """One scene or item after its own checks."""
+
+    findings: tuple[Finding, ...]
+    pictures: tuple[Picture, ...]
+    overlaps: dict[str, float]
+
+
+def check_source(
+    manifest: Manifest,
+    config: ChecksConfig,
+    evaluation_sets: Sequence[EvaluationSet] = (),
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Check every scene and item of a source in parallel threads.
+
+    What the reader had to leave out at ingest is reported too. Nothing is raised for a fault of the data.
+    """
+    findings = [
+        Finding(fault=Fault.LEFT_OUT, scene=scene, reason=reason) for scene, reason in manifest.facts.broken.items()
+    ]
+    ids = [entry.id for entry in manifest.entries]
+    digests = {entry.id: entry.digests for entry in manifest.entries}
+    pictures: list[Picture] = []
+    overlaps: dict[str, float] = {}
+    with ThreadPoolExecutor(config.threads) as pool:
+        results = pool.map(lambda scene_id: _check(manifest.scene(scene_id), digests[scene_id], config), ids)
+        for done, result in enumerate(results, start=1):
+            findings += result.findings
+            pictures += result.pictures
+            overlaps |= result.overlaps
+            if progress is not None:
+                progress(done, len(ids))
+    findings += identical(pictures)
+    findings += nearly_identical(pictures, config.duplicate_bits)
+    findings += leaks(digests, evaluation_sets)
+    order = list(Fault)
+    findings.sort(key=lambda f: (order.index(f.fault), f.scene, -1 if f.view is None else f.view))
+    return CheckReport(
+        source=manifest.name,
+        root=str(manifest.root),
+        digest=manifest.digest,
+        scenes=len(ids),
+        views=manifest.count_views(),
+        findings=tuple(findings),
+        overlaps=overlaps,
+    )
+
+
+def _check(scene: Scene | Item, digests: Sequence[str], config: ChecksConfig) -> _Checked:
+    return _check_item(scene, digests) if isinstance(scene, Item) else _check_scene(scene, digests, config)
+
+
+def _check_scene(scene: Scene, digests: Sequence[str], config: ChecksConfig) -> _Checked:
+    views = [check_view(scene, index) for index in range(len(scene.views))]
+    findings = [finding for view in views for finding in view.findings]
+    depths = {index: view.depth for index, view in enumerate(views) if view.depth is not None}
+    geometry = check_geometry(scene, depths, config)
+    pictures = tuple(
+        Picture(scene=scene.id, view=i, image=view.image, digest=digest, thumbnail=checked.thumbnail)
+        for i, (view, digest, checked) in enumerate(zip(scene.views, digests, views, strict=True))
+    )
+    return _Checked(
+        findings=(*findings, *geometry.findings),
+        pictures=pictures,
+        overlaps={f"{scene.id}#view{view}": overlap for view, overlap in geometry.best_overlap.items()},
+    )
+
+
+def _check_item(item: Item, digests: Sequence[str]) -> _Checked:
+    """An item's pictures can be read. They are not compared by look: corpora hold many alike on purpose."""
+    findings, pictures = [], []
+    for image, digest in zip(item.images, digests, strict=True):
+        pictures.append(Picture(scene=item.id, view=None, image=image, digest=digest, thumbnail=None))
+        try:
+            thumbnail(load_image(image))
+        except DataError as error:
+            fault = Fault.UNREADABLE if Path(image.path).exists() else Fault.MISSING
+            findings.append(Finding(fault=fault, scene=item.id, reason=str(error), pictures=(image,)))
+    return _Checked(findings=tuple(findings), pictures=tuple(pictures), overlaps={})
+
+
+def run_check(
+    config: RunConfig,
+    out: Path,
+    evaluation_sets: Mapping[str, Path] | None = None,
+    progress: Progress | None = None,
+) -> list[CheckReport]:
+    """`loom3d data check`: check every source of the config and write its report into ``out/<source>``.
+
+    Args:
+        config: The run.
+        out: Folder of the reports.
+        evaluation_sets: Name -> text file with one scene id (or sha256 of a picture) a line.
+        progress: Called with (done, total) for each source.
+    """
+    from services.data.sources import open_sources
+
+    sets = [EvaluationSet.read(name, Path(path)) for name, path in (evaluation_sets or {}).items()]
+    # The check is there to find out what is broken, so it must not stop where a run would.
+    tolerant = dataclasses.replace(config, data=dataclasses.replace(config.data, max_broken=1.0))
+    reports = []
+    for name, manifest in open_sources(tolerant).items():
+        report = check_source(manifest, config.data.checks, sets, progress)
+        report.write(out / name)
+        reports.append(report)
+    return reports
