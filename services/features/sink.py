@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 from configs.schema import RunConfig
 from models.encoders.base import FrozenEncoder
 from services.contracts import CacheStats, FeatureRequest, Record
+from services.errors import CacheError
 from services.features import journal
 from services.features.encode import Answer, Encoder, as_stored, build_encoder
+from services.features.store import FeatureStore
+
+_log = logging.getLogger(__name__)
 
 
 class StoreSink:
     """Opens the namespace of an encoder at first use, by its identity, and pins it by a lease while it lives."""
 
-    def __init__(self, config: RunConfig, store: Any) -> None:
+    def __init__(self, config: RunConfig, store: FeatureStore) -> None:
         self.config, self.store = config, store
         self._models: dict[str, FrozenEncoder] = {}
         self._namespaces: dict[str, Any] = {}
@@ -36,7 +41,11 @@ class StoreSink:
         with self._lock:
             if name not in self._namespaces:
                 namespace = self.store.open(model.identity())
-                self._leases.append(self.store.lease([namespace.fingerprint]))
+                try:
+                    self._leases.append(self.store.lease([namespace.fingerprint]))
+                except CacheError as error:
+                    # A cache that can only be read is of use; nobody can evict from it either.
+                    _log.warning("the cache is used without a lease: %s", error)
                 self._namespaces[name] = namespace
             return self._namespaces[name]
 
@@ -59,8 +68,11 @@ class StoreSink:
         return sum((namespace.stats for namespace in list(self._namespaces.values())), CacheStats())
 
     def close(self) -> None:
-        """Commit, and let go of the leases."""
-        self.flush()
+        """Commit, and let go of the leases. What the disk refuses now is said, and will be encoded again."""
+        try:
+            self.flush()
+        except CacheError as error:
+            _log.warning("not all features were cached: %s", error)
         for lease in self._leases:
             lease.release()
         self._leases.clear()
@@ -91,21 +103,6 @@ class StoredUpstream:
         return [answer for answer in stored if answer is not None]
 
 
-def open_store(config: RunConfig) -> Any:
+def open_store(config: RunConfig) -> FeatureStore | None:
     """The store that the run's config describes; None for cache.mode=never."""
-    if config.cache.mode == "never":
-        return None
-    from pathlib import Path
-
-    from services.features.store import FeatureStore
-
-    cache = config.cache
-    return FeatureStore(
-        Path(cache.root) if cache.root else Path(config.storage.root) / "cache",
-        remote=cache.remote,
-        verify=cache.verify,
-        budget_bytes=cache.budget_bytes,
-        shard_bytes=cache.shard_bytes,
-        seal_s=cache.seal_s,
-        codec=cache.codec,
-    )
+    return None if config.cache.mode == "never" else FeatureStore.from_config(config)
