@@ -7,8 +7,12 @@ message without a traceback.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from configs import ConfigError
-from models.errors import ModelError, WeightsError
+
+if TYPE_CHECKING:
+    from models.errors import ModelError, WeightsError
 
 __all__ = [
     "USER_ERRORS",
@@ -64,4 +68,17 @@ class NonFiniteError(LoomError):
 
 
 #: What a user can cause: printed as a message, not as a traceback.
-USER_ERRORS: tuple[type[Exception], ...] = (LoomError, ConfigError, ModelError)
+USER_ERRORS: tuple[type[Exception], ...]
+
+
+def __getattr__(name: str) -> Any:
+    # Later, because importing the models package imports torch, and the store's processes need none.
+    if name in ("ModelError", "WeightsError"):
+        from models import errors
+
+        return getattr(errors, name)
+    if name == "USER_ERRORS":
+        from models.errors import ModelError
+
+        return (LoomError, ConfigError, ModelError)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
