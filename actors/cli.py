@@ -64,6 +64,37 @@ VERBS: Mapping[str, Verb] = {
             _option("--address", metavar="ADDRESS", help="take the nodes from this running cluster"),
         ),
     ),
+    "data make": Verb(
+        commands.data_make,
+        "make the procedural rooms",
+        (_option("--out", metavar="FOLDER", help="make them here instead of below storage.root"),),
+    ),
+    "data index": Verb(commands.data_index, "read the sources and write their manifests"),
+    "data check": Verb(
+        commands.data_check,
+        "look for faults: report, and a list of what to leave out",
+        (
+            _option("--out", metavar="FOLDER", help="folder of the reports (default: <storage.root>/checks)"),
+            _option(
+                "--against",
+                metavar="NAME=FILE",
+                action="append",
+                default=[],
+                help="scene ids of an evaluation set, one a line, that must not occur (may be repeated)",
+            ),
+        ),
+    ),
+    "data questions": Verb(
+        commands.data_questions,
+        "write questions with exact answers, referring expressions and captions",
+        (_option("--out", metavar="FOLDER", help="folder of the files (default: <storage.root>/questions)"),),
+    ),
+    "report": Verb(
+        commands.report,
+        "write the report of a run again",
+        (_option("run", help="run folder"),),
+        configured=False,
+    ),
     "config show": Verb(commands.config_show, "print the composed configuration as YAML"),
     "config keys": Verb(
         commands.config_keys,

@@ -4,9 +4,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
-from configs import RunConfig
+from configs import ConfigError, RunConfig
+
+
+class Progress(Protocol):
+    """Called with how far something is: counts done and in all, or the name of what is done, or both."""
+
+    def __call__(self, *state: Any) -> None: ...  # noqa: D102
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Progress]:
+    """A line on the terminal that is rewritten; nothing where standard error is no terminal."""
+    shown = sys.stderr.isatty()
+
+    def show(*state: Any) -> None:
+        if shown:
+            counts = "/".join(str(part) for part in state if isinstance(part, int))
+            names = " ".join(str(part) for part in state if isinstance(part, str))
+            print(f"\r\033[K{what} {counts} {names}", end="", file=sys.stderr, flush=True)
+
+    yield show
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def local_root(config: RunConfig, what: str) -> Path:
+    """``storage.root`` as a folder of this machine. ConfigError when it is a URI and ``what`` cannot go there."""
+    from configs.paths import is_uri
+
+    if is_uri(config.storage.root):
+        raise ConfigError(f"storage.root={config.storage.root}: {what} need a local folder; give --out FOLDER")
+    return Path(config.storage.root)
 
 
 def configure(args: argparse.Namespace) -> RunConfig:
@@ -71,4 +106,76 @@ def models(args: argparse.Namespace) -> int:
         found = spec(name)
         roles = ", ".join(role.name for role in found.roles)
         print(f"{name:<24}{parameters / 1e6:>10.3f} M parameters   roles: {roles}   {found.doc}")
+    return 0
+
+
+def data_make(args: argparse.Namespace) -> int:
+    """Make the procedural rooms of the configuration where they are not there yet."""
+    config = configure(args)
+    if args.out:
+        from services.data.rooms import make_rooms
+
+        with progress("room") as show:
+            folder = make_rooms(config.data.rooms, Path(args.out).expanduser().absolute(), show)
+    else:
+        from services.data.sources import ensure_rooms
+
+        local_root(config, "rooms")
+        with progress("room") as show:
+            folder = ensure_rooms(config.data.rooms, config.storage, show)
+    print(f"{config.data.rooms.scenes} rooms of {config.data.rooms.views} views in {folder}")
+    return 0
+
+
+def data_index(args: argparse.Namespace) -> int:
+    """Read every source of the configuration and write its manifest."""
+    config = configure(args)
+    from services.data.sources import run_index
+
+    with progress("entry") as show:
+        reports = run_index(config, show)
+    for report in reports:
+        print("\n".join(report.lines()))
+    return 0
+
+
+def data_check(args: argparse.Namespace) -> int:
+    """Look for faults in every source; status 1 when there are some."""
+    config = configure(args)
+    from services.data.checks import run_check
+
+    out = Path(args.out).expanduser() if args.out else local_root(config, "reports of checks") / "checks"
+    sets: dict[str, Path] = {}
+    for text in args.against:
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise ConfigError(f"--against {text}: write NAME=FILE, a text file with one scene id a line")
+        sets[name] = Path(file).expanduser()
+    with progress("scene") as show:
+        reports = run_check(config, out, sets, show)
+    for report in reports:
+        print("\n".join(report.lines()))
+        print(f"  report {out / report.source / 'report.html'}")
+        if report.findings:
+            print(f"  leave them out with data.quarantine={out / report.source / 'quarantine.txt'}")
+    return 1 if any(report.findings for report in reports) else 0
+
+
+def data_questions(args: argparse.Namespace) -> int:
+    """Write questions, referring expressions and captions about every scene with instances."""
+    config = configure(args)
+    from services.data.questions import run_questions
+
+    out = Path(args.out).expanduser() if args.out else local_root(config, "questions") / "questions"
+    with progress("scene") as show:
+        lines = run_questions(config, out, show)
+    print("\n".join(lines))
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report of a run folder again."""
+    from actors.report import write_report
+
+    print(write_report(Path(args.run).expanduser().absolute()))
     return 0
