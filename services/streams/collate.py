@@ -170,7 +170,8 @@ def _column(
         data = np.asarray(tensor.data, order="C").view(raw_dtype)
         if data.shape != full:
             raw[i] = 0
-        raw[i][tuple(slice(size) for size in data.shape)] = data
+        # The ellipsis keeps a scalar's place an array that can be assigned to.
+        raw[i, ...][tuple(slice(size) for size in data.shape)] = data
     columns = {name: column}
     if ragged:
         lengths = slot.take(f"{prefix}{name}_lengths", (len(tensors), len(ragged)), torch.int64)

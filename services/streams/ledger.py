@@ -65,6 +65,9 @@ class Ledger:
 
     def _append(self, text: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size > self._offset:
+            # What a killed process left of its last line must not swallow ours.
+            text = "\n" + text
         # One write on a file opened for appending: lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

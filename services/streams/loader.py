@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +19,9 @@ import numpy as np
 import torch
 
 from configs import RunConfig
+from models.encoders.base import InputKind
+from models.encoders.families import input_kind
+from models.spec import TensorSpec
 from services.contracts import CacheStats, FeatureKey, FeatureRequest, MicroBatch, PlanSample, Record, Tensor
 from services.errors import CacheError, DataError
 from services.streams.collate import FIXED_KINDS, Collate, Slot
@@ -34,8 +37,32 @@ class Client(Protocol):
     """What the loader asks of ``services.features.client.FeatureClient``."""
 
     def get(self, requests: Sequence[FeatureRequest], step: int) -> list[Record | BaseException]: ...  # noqa: D102
+    def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None: ...  # noqa: D102
     @property
     def stats(self) -> CacheStats: ...  # noqa: D102
+
+
+class Steps(Protocol):
+    """Planned steps of a rank in order; :class:`services.streams.pipeline.PlanStream` is one."""
+
+    def __next__(self) -> PlannedStep: ...
+    def arrived(self) -> list[PlannedStep]:
+        """Steps that came in since this was last called; what they miss is asked for at once."""
+        ...
+
+
+class PlanSteps:
+    """The steps [start, stop) of a rank, read from the plan. Nothing arrives ahead: nobody is there to be asked."""
+
+    def __init__(self, plan: EpochPlan, rank: int, world_size: int, start: int, stop: int) -> None:
+        self._steps = plan.local_steps(rank, world_size, start, stop)
+
+    def __next__(self) -> PlannedStep:
+        return PlannedStep(plan=next(self._steps))
+
+    def arrived(self) -> list[PlannedStep]:
+        """None."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +126,7 @@ class Loader:
         start_step: int,
         stop_step: int,
         collate: Collate | None = None,
-        steps: Iterable[PlannedStep] | None = None,
+        steps: Steps | None = None,
         targets: Targets | None = None,
         ledger: Ledger | None = None,
         reuse: bool = True,
@@ -112,8 +139,8 @@ class Loader:
         self._targets = targets
         self._ledger = ledger
         self._reuse = reuse
-        planned = (PlannedStep(plan=step) for step in plan.local_steps(rank, world_size, start_step, stop_step))
-        self._steps: Iterator[PlannedStep] = iter(planned if steps is None else steps)
+        self._steps = steps or PlanSteps(plan, rank, world_size, start_step, stop_step)
+        self._wanted: dict[tuple[int, str], list[FeatureRequest] | DataError] = {}
         self._expected = start_step
         self._stop_step = stop_step
         self._closing = threading.Event()
@@ -154,9 +181,6 @@ class Loader:
         """Stop after the step that is being loaded. Safe to call twice."""
         self._closing.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
-        close = getattr(self._steps, "close", None)
-        if close is not None:
-            close()
 
     # -- in the loader's thread -----------------------------------------------------------------------------
 
@@ -175,12 +199,31 @@ class Loader:
         if planned.plan.step != self._expected:
             raise DataError(f"the stream gave step {planned.plan.step} where step {self._expected} was due")
         self._expected += 1
+        for ahead in self._steps.arrived():
+            self._ask_for(ahead)
         t0 = time.time()
         with events.span("prepare", step=planned.plan.step) as fields:
             step = self._load(planned, slot)
             fields |= {"bytes": step.bytes, "hit_rate": step.hit_rate}
         step.load_s = time.time() - t0
         return step
+
+    def _ask_for(self, planned: PlannedStep) -> None:
+        """Have the service make what this step misses, before it is due."""
+        if planned.plan.step < self._expected - 1:
+            return
+        requests: list[FeatureRequest] = []
+        for batch in planned.plan.micro_batches:
+            for sample in batch.samples:
+                self._wanted[planned.plan.step, sample.id] = found = self._requests(sample)
+                requests.extend([] if isinstance(found, DataError) else found)
+        self._client.prefetch(requests, planned.plan.step)
+
+    def _requests(self, sample: PlanSample) -> list[FeatureRequest] | DataError:
+        try:
+            return sample_requests(sample, self._manifests[sample.source], self._config)
+        except DataError as error:
+            return error
 
     def _load(self, planned: PlannedStep, slot: Slot) -> LoadedStep:
         plan = planned.plan
@@ -240,10 +283,11 @@ class Loader:
         """Sample id -> features, for the samples that are not broken. One call to the client for all of them."""
         wanted: dict[str, list[FeatureRequest]] = {}
         for sample in samples:
-            try:
-                wanted[sample.id] = sample_requests(sample, self._manifests[sample.source], self._config)
-            except DataError as error:
-                broken[sample.id] = str(error)
+            requests = self._wanted.pop((step, sample.id), None) or self._requests(sample)
+            if isinstance(requests, DataError):
+                broken[sample.id] = str(requests)
+            else:
+                wanted[sample.id] = requests
         _check_keys(wanted, keys)
         flat = [request for requests in wanted.values() for request in requests]
         answers = iter(self._client.get(flat, step) if flat else ())
@@ -262,6 +306,28 @@ class Loader:
                 stacked = stacks_views(sample.kind, wanted[sample.id])
                 good[sample.id] = _stack(records) if stacked else records[0]
         return good
+
+
+def column_specs(
+    config: RunConfig, outputs: Mapping[str, TensorSpec], targets: Targets | None
+) -> dict[str, dict[str, TensorSpec]]:
+    """Columns of each kind of the recipe, for :class:`Collate`, from the encoder's ``outputs()`` and the targets.
+
+    With them even a first micro-batch that is broken as a whole has its shapes.
+    """
+    name = config.recipe.features
+    while config.encoders[name].upstream:
+        name = config.encoders[name].upstream
+    alone = input_kind(config.encoders[name].family) is InputKind.IMAGE
+    specs = {}
+    for kind in sorted(kind for kind, share in config.recipe.quotas.items() if share > 0):
+        stacked = alone and kind not in FIXED_KINDS
+        features = {
+            name: TensorSpec(shape=(None, *spec.shape), dtype=spec.dtype) if stacked else spec
+            for name, spec in outputs.items()
+        }
+        specs[kind] = {**features, **({} if targets is None else targets.specs(kind))}
+    return specs
 
 
 def stacks_views(kind: str, requests: Sequence[FeatureRequest]) -> bool:

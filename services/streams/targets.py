@@ -8,6 +8,8 @@ taken once a process and file, guarded by (size, mtime, inode), which never ente
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
@@ -20,8 +22,11 @@ from models.spec import TensorSpec
 from services.contracts import DepthRef, FeatureKey, Intrinsics, Item, PlanSample, Record, Tensor, View
 from services.data.digests import Stamp, digest_file
 from services.data.images import image_size, load_depth, load_ids
-from services.errors import DataError
+from services.errors import CacheError, DataError
 from services.features.keys import feature_key
+from services.features.store import FeatureStore
+
+_log = logging.getLogger(__name__)
 
 IGNORE = -1
 """Label of a pixel without a known class, and scene type of a scene without one."""
@@ -74,14 +79,8 @@ def read_targets(view: View, height: int, width: int) -> Record:
     depth = np.zeros((height, width), np.float32)
     ids = np.zeros((height, width), np.int32)
     if view.depth is not None:
-        stored = load_depth(view.depth)
-        camera = view.depth.K
-        if stored.shape != (camera.height, camera.width):
-            raise DataError(
-                f"{view.depth.path} is {stored.shape[1]}x{stored.shape[0]} pixels, its camera says "
-                f"{camera.width}x{camera.height}; correct the source's depth intrinsics"
-            )
-        depth = sample_nearest(stored, depth_window(window, view.K, camera, size), height, width)
+        seen = depth_window(window, view.K, view.depth.K, size)
+        depth = sample_nearest(load_depth(view.depth), seen, height, width)
     if view.label_path is not None:
         stored = load_ids(view.label_path)
         y, x = stored.shape[0] / size[0], stored.shape[1] / size[1]
@@ -92,19 +91,26 @@ def read_targets(view: View, height: int, width: int) -> Record:
     }
 
 
+def open_target_store(config: RunConfig) -> FeatureStore | None:
+    """The run's store for targets, which no codec may touch; None for cache.mode=never."""
+    if config.cache.mode == "never":
+        return None
+    return FeatureStore.from_config(dataclasses.replace(config, cache=dataclasses.replace(config.cache, codec="none")))
+
+
 class Targets:
     """Targets of planned samples at the size of the encoder's input.
 
     Args:
         config: the run; the size is that of the encoder ``recipe.features``.
         manifests: by source, as the plan's.
-        store: a feature store, or None to decode every time.
+        store: a feature store without codec (:func:`open_target_store`), or None to decode every time.
 
     ``classes`` and ``scene_types`` are the names behind the indices of ``labels`` and ``scene_type``: with one
     source its own class ids; with several, the union by name, in the order of the sources' names.
     """
 
-    def __init__(self, config: RunConfig, manifests: Mapping[str, Any], *, store: Any = None) -> None:
+    def __init__(self, config: RunConfig, manifests: Mapping[str, Any], *, store: FeatureStore | None = None) -> None:
         encoder = config.encoders[config.recipe.features]
         self.height, self.width = encoder.height, encoder.width
         self._manifests = dict(manifests)
@@ -112,7 +118,17 @@ class Targets:
         self.scene_types = tuple(
             sorted({e.scene_type for m in manifests.values() for e in m.entries if e.scene_type is not None})
         )
-        self._namespace = None if store is None else store.open(self.identity())
+        if store is not None and store.codec != "none":
+            raise CacheError(
+                f"targets need a store without codec, this one has {store.codec!r}: depth would be rounded"
+            )
+        self._namespace: Any = None
+        self._lease: Any = None
+        if store is not None:
+            self._namespace = store.open(self.identity())
+            # As long as this lives its records are reread, so nothing may evict them.
+            self._lease = store.lease([self._namespace.fingerprint])
+        self._refused = False
         self._digests: dict[str, tuple[Stamp | None, str]] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -165,8 +181,23 @@ class Targets:
         record: Record | None = self._namespace.get(key)
         if record is None:
             record = read_targets(view, self.height, self.width)
-            self._namespace.put(key, record)
+            self._keep(key, record)
         return record
+
+    def _keep(self, key: FeatureKey, record: Record) -> None:
+        try:
+            self._namespace.put(key, record)
+        except CacheError as error:
+            if not self._refused:
+                _log.warning("targets are decoded again in every epoch, the cache keeps nothing more: %s", error)
+            self._refused = True
+
+    def close(self) -> None:
+        """Commit what was decoded and let go of the store. Safe to call twice."""
+        if self._lease is not None:
+            self._namespace.flush()
+            self._lease.release()
+            self._lease = None
 
     def _key(self, view: View) -> FeatureKey:
         depth, size = view.depth, (view.K.height, view.K.width) if view.K else image_size(view.image)
