@@ -54,12 +54,13 @@ class HFTextEncoder(FrozenEncoder):
 
         self.folder, self.config, self.model_class = folder, config, model_class
         self.dtype_name, self.dtype = dtype, torch_dtype(dtype)
+        # Without it transformers makes an empty tokenizer for some families, and every word becomes "unknown".
+        if not (folder / "tokenizer.json").is_file():
+            raise WeightsError(f"{folder} has no tokenizer.json, from which the characters of a token are known")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{folder} has no tokenizer that can be loaded: {error}") from error
-        if not self.tokenizer.is_fast:
-            raise WeightsError(f"{folder}: only tokenizers with a tokenizer.json know the characters of a token")
         self.length = int(config.max_position_embeddings)
         self.model: Any = None
         self._digest = ""
