@@ -21,7 +21,8 @@ from configs.schema import (
     TrainerConfig,
     ViewSetConfig,
 )
-from services.contracts import DepthRef, ImageRef, Intrinsics, Scene, Split, View
+from services.contracts import DepthRef, FeatureKey, ImageRef, Intrinsics, Scene, Split, StepPlan, View
+from services.streams.requests import sample_requests
 
 CLASSES = ("none", "wall", "", "chair")
 WIDTH, HEIGHT = 40, 30
@@ -57,6 +58,18 @@ class SmallManifest:
 
     def scene(self, entry_id: str) -> Scene:
         return self._scenes[entry_id]
+
+
+class SmallKeys:
+    """What a stage of the pipeline does for each step; notes how far it got."""
+
+    def __init__(self, config: RunConfig, manifest: SmallManifest, note: Path) -> None:
+        self.config, self.manifest, self.note = config, manifest, note
+
+    def __call__(self, plan: StepPlan) -> dict[str, tuple[FeatureKey, ...]]:
+        self.note.write_text(str(plan.step))
+        samples = [sample for batch in plan.micro_batches for sample in batch.samples]
+        return {s.id: tuple(r.key for r in sample_requests(s, self.manifest, self.config)) for s in samples}
 
 
 def _digest(path: str) -> str:
