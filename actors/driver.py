@@ -96,7 +96,7 @@ def _services(config: RunConfig, folder: Path) -> Iterator[Any]:
 
     with ExitStack() as running:
         with events.span("cluster"):
-            running.enter_context(cluster.session(config))
+            running.enter_context(cluster.running(config))
         pool = None
         if config.service.replicas:
             with events.span("service"):
