@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from services.errors import DataError
 
 LAYOUT = 1
 _MAGIC = b"LOOM3DMF"
+# Rows that are turned into Python objects at a time.
+_CHUNK = 4096
 _DIGEST = pa.binary(32)
 _ENTRIES = pa.schema(
     [
@@ -195,13 +198,12 @@ class Manifest:
 
     def entry(self, entry_id: str) -> Entry:
         """The entry of that id. DataError when there is none."""
-        return _entry(self._entries, self._row(entry_id))
+        return _Entries(self._entries)[self._row(entry_id)]
 
     def of_split(self, split: Split | str) -> list[Entry]:
         """Entries of a split in order."""
-        wanted = Split(split).value
-        column = self._entries.column("split").to_pylist()
-        return [_entry(self._entries, index) for index, value in enumerate(column) if value == wanted]
+        chosen = self._entries.filter(pc.equal(self._entries.column("split"), Split(split).value))
+        return list(_Entries(chosen))
 
     def splits(self) -> dict[str, int]:
         """Number of entries in each split; those of none count as "none"."""
@@ -225,36 +227,34 @@ class Manifest:
 
     def rows(self, ids: Iterable[str]) -> Iterator[Row]:
         """What :meth:`build` was given for these entries."""
-        for entry_id in ids:
-            index = self._row(entry_id)
-            values = {name: self._entries.column(name)[index].as_py() for name in self._entries.column_names}
-            yield Row(
-                id=entry_id,
-                kind=values["kind"],
-                split=Split(values["split"]) if values["split"] else None,
-                scene_type=values["scene_type"],
-                length=values["length"],
-                digests=tuple(values["digests"]),
-                content=values["content"],
-                record=values["record"],
-                guards=tuple(self._guard(number) for number in values["files"]),
-                dropped=json.loads(values["dropped"]) if values["dropped"] else {},
-            )
+        places = [self._row(entry_id) for entry_id in ids]
+        for start in range(0, len(places), _CHUNK):
+            part = self._entries.take(places[start : start + _CHUNK])
+            numbers = pc.list_flatten(part.column("files"))
+            guards = iter(_guards(self._files.take(numbers)))
+            for values in part.to_pylist():
+                count = len(values.pop("files"))
+                values["split"] = Split(values["split"]) if values["split"] else None
+                values["digests"] = tuple(values["digests"])
+                values["dropped"] = json.loads(values["dropped"]) if values["dropped"] else {}
+                yield Row(**values, guards=tuple(islice(guards, count)))
 
     def shared_guards(self) -> list[Guard]:
         """Guards of the files that all entries depend on."""
-        return [self._guard(int(i)) for i in np.flatnonzero(_numpy(self._files, "shared"))]
+        return _guards(self._files.filter(self._files.column("shared")))
 
     def revalidate(self, workers: int = 8) -> Changes:
         """Compare every guarded file with its stamp and read again only those that differ."""
         paths = self._files.column("path").to_pylist()
         with ThreadPoolExecutor(workers) as pool:
-            now = list(pool.map(lambda path: Stamp.of(self.absolute(path)), paths, chunksize=512))
+            # A future a file would cost more than the call it makes.
+            parts = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+            now = [stamp for stamps in pool.map(self._stamps, parts) for stamp in stamps]
             stored = zip(*(_numpy(self._files, name).tolist() for name in ("size", "mtime_ns", "inode")), strict=True)
             suspects = [i for i, (new, old) in enumerate(zip(now, stored, strict=True)) if new != Stamp(*old)]
             if not suspects:
                 return Changes(manifest=self)
-            same = list(pool.map(self._same_content, suspects))
+            same = list(pool.map(self._same_content, _guards(self._files.take(suspects))))
         touched = {index: now[index] for index, is_same in zip(suspects, same, strict=True) if is_same}
         changed = [index for index, is_same in zip(suspects, same, strict=True) if not is_same]
         shared = _numpy(self._files, "shared")
@@ -333,12 +333,10 @@ class Manifest:
         """A path of the manifest as an absolute one."""
         return os.path.join(self.facts.root, path)  # noqa: PTH118 - an absolute path stays itself; called per file
 
-    def _guard(self, index: int) -> Guard:
-        row = {name: self._files.column(name)[index].as_py() for name in self._files.column_names}
-        return Guard(path=row["path"], stamp=Stamp(row["size"], row["mtime_ns"], row["inode"]), digest=row["digest"])
+    def _stamps(self, paths: list[str]) -> list[Stamp | None]:
+        return [Stamp.of(self.absolute(path)) for path in paths]
 
-    def _same_content(self, index: int) -> bool:
-        guard = self._guard(index)
+    def _same_content(self, guard: Guard) -> bool:
         path = self.absolute(guard.path)
         if guard.digest is None or Stamp.of(path) is None:
             return False
@@ -348,10 +346,9 @@ class Manifest:
         """Id -> path, for the entries that depend on one of the files."""
         lists = self._entries.column("files").combine_chunks()
         flat = lists.flatten().to_numpy()
-        row_of = lists.value_parent_indices().to_numpy()
-        ids, paths = self._entries.column("id"), self._files.column("path")
         hits = np.flatnonzero(np.isin(flat, files))
-        return {ids[int(row_of[hit])].as_py(): paths[int(flat[hit])].as_py() for hit in hits}
+        owners = self._entries.column("id").take(lists.value_parent_indices().take(hits)).to_pylist()
+        return dict(zip(owners, self._files.column("path").take(flat[hits]).to_pylist(), strict=True))
 
     def _with_stamps(self, stamps: dict[int, Stamp | None]) -> Manifest:
         columns = {name: _numpy(self._files, name).copy() for name in ("size", "mtime_ns", "inode")}
@@ -366,20 +363,24 @@ class Manifest:
 
 
 class _Entries(Sequence[Entry]):
-    """Entries made on demand."""
+    """Entries made on demand, many at a time where many are asked for."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table
+        self._table = table.select(["id", "kind", "split", "scene_type", "length", "digests"])
 
     def __len__(self) -> int:
         return self._table.num_rows
 
+    def __iter__(self) -> Iterator[Entry]:
+        for start in range(0, len(self), _CHUNK):
+            yield from _made(self._table.slice(start, _CHUNK))
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [_entry(self._table, i) for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return _entry(self._table, index % len(self))
+        return _made(self._table.slice(index % len(self), 1))[0]
 
 
 class _Tables:
@@ -415,18 +416,35 @@ class _Tables:
         return pa.table(self._columns, schema=_ENTRIES), pa.table(files, schema=_FILES)
 
 
-def _entry(table: pa.Table, index: int) -> Entry:
-    split = table.column("split")[index].as_py()
-    digests = tuple(digest.hex() for digest in table.column("digests")[index].as_py())
-    return Entry(
-        id=table.column("id")[index].as_py(),
-        kind=table.column("kind")[index].as_py(),
-        split=Split(split) if split else None,
-        digests=digests,
-        n_views=len(digests),
-        scene_type=table.column("scene_type")[index].as_py(),
-        length=table.column("length")[index].as_py(),
-    )
+def _made(table: pa.Table) -> list[Entry]:
+    """Entries of a few rows, column by column: a corpus has millions."""
+    lists = table.column("digests").combine_chunks()
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy())
+    text = b"".join(lists.flatten().to_pylist()).hex()
+    columns = [table.column(name).to_pylist() for name in ("id", "kind", "split", "scene_type", "length")]
+    entries, start = [], 0
+    for end, entry_id, kind, split, scene_type, length in zip(ends.tolist(), *columns, strict=True):
+        digests = tuple(text[64 * place : 64 * place + 64] for place in range(start, end))
+        entries.append(
+            Entry(
+                id=entry_id,
+                kind=kind,
+                split=Split(split) if split else None,
+                digests=digests,
+                n_views=end - start,
+                scene_type=scene_type,
+                length=length,
+            )
+        )
+        start = end
+    return entries
+
+
+def _guards(files: pa.Table) -> list[Guard]:
+    return [
+        Guard(path=row["path"], stamp=Stamp(row["size"], row["mtime_ns"], row["inode"]), digest=row["digest"])
+        for row in files.to_pylist()
+    ]
 
 
 def _digest(classes: tuple[str, ...], entries: pa.Table) -> str:

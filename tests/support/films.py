@@ -14,10 +14,11 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int = 10, gop: in
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         # All of the colour in full resolution and nearly without loss, so that colours can be compared.
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "4", "x264-params": "bframes=2:b-adapt=0"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "4"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv444p"
         stream.gop_size = gop
+        stream.max_b_frames = 2
         for frame in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                 container.mux(packet)
