@@ -20,6 +20,8 @@ AGREES, DISAGREES = 0.6, 0.35
 """A scale is wrong if less than the second share of the pixels agrees as stored, and more than the first rescaled."""
 NEIGHBOURS = 4
 """Views before and behind a view that its depth is compared with."""
+PAIRS_AT_ONCE = 128
+"""Pairs of views that one call reprojects: bounds the memory."""
 MANY_VIEWS = 200
 """Above this, overlap is computed with the neighbours and evenly spaced other views instead of with all."""
 
@@ -102,16 +104,19 @@ def agreements(small: SmallDepth, pairs: list[tuple[int, int]], scale_a: float, 
 
     NaN where fewer than a tenth of a's pixels fall into b: too few to say anything.
     """
-    a, b = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    depth_a, depth_b = small.depth[a] * scale_a, small.depth[b] * scale_b
-    result = projection.reproject(
-        depth_a, small.K[a], small.pose[a], depth_b, small.K[b], small.pose[b], relative=RELATIVE, absolute=0.0
-    )
-    compared = result.inside & torch.isfinite(result.residual)
-    count = compared.sum(dim=(1, 2))
-    enough = count >= (0.1 * (depth_a > 0).sum(dim=(1, 2))).clamp_min(1)
-    share = (result.visible & compared).sum(dim=(1, 2)) / count.clamp_min(1)
-    return np.asarray(torch.where(enough, share, torch.nan).numpy())
+    shares = []
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        a, b = (torch.tensor(column) for column in zip(*pairs[start : start + PAIRS_AT_ONCE], strict=True))
+        depth_a, depth_b = small.depth[a] * scale_a, small.depth[b] * scale_b
+        result = projection.reproject(
+            depth_a, small.K[a], small.pose[a], depth_b, small.K[b], small.pose[b], relative=RELATIVE, absolute=0.0
+        )
+        compared = result.inside & torch.isfinite(result.residual)
+        count = compared.sum(dim=(1, 2))
+        enough = count >= (0.1 * (depth_a > 0).sum(dim=(1, 2))).clamp_min(1)
+        share = (result.visible & compared).sum(dim=(1, 2)) / count.clamp_min(1)
+        shares.append(torch.where(enough, share, torch.nan).numpy())
+    return np.concatenate(shares)
 
 
 def wrong_scales(small: SmallDepth) -> dict[int | None, str]:
@@ -125,20 +130,20 @@ def wrong_scales(small: SmallDepth) -> dict[int | None, str]:
     ]
     if not pairs:
         return {}
-    sample = pairs[:: max(1, len(pairs) // 32)]
-    as_stored = _mean(agreements(small, sample, 1.0, 1.0))
-    if as_stored < DISAGREES:
+    stored = agreements(small, pairs, 1.0, 1.0)
+    if _mean(stored) < DISAGREES:
+        sample = pairs[:: max(1, len(pairs) // 32)]
         together = {s: _mean(agreements(small, sample, s, s)) for s in SCALES}
         best = max(together, key=lambda s: together[s])
         if together[best] > AGREES:
-            return {None: _explain("different views", as_stored, together[best], best)}
+            return {None: _explain("different views", _mean(stored), together[best], best)}
     wrong: dict[int | None, str] = {}
     for i, view in enumerate(small.views):
-        near = [pair for pair in pairs if pair[0] == i]
-        as_stored = _largest(agreements(small, near, 1.0, 1.0))
+        near = [k for k, pair in enumerate(pairs) if pair[0] == i]
+        as_stored = _largest(stored[near])
         if as_stored >= DISAGREES:
             continue
-        scaled = {s: _largest(agreements(small, near, s, 1.0)) for s in SCALES}
+        scaled = {s: _largest(agreements(small, [pairs[k] for k in near], s, 1.0)) for s in SCALES}
         best = max(scaled, key=lambda s: scaled[s])
         if scaled[best] > AGREES:
             wrong[view] = _explain("this view and others", as_stored, scaled[best], best)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.schema import ChecksConfig, RunConfig
 from services.contracts import Item, Scene
 from services.data.checks.files import check_view, thumbnail
@@ -107,7 +109,8 @@ def check_source(
     digests = {entry.id: entry.digests for entry in manifest.entries}
     pictures: list[Picture] = []
     overlaps: dict[str, float] = {}
-    with ThreadPoolExecutor(config.threads) as pool:
+    # Scenes run in parallel; were torch to split its small operations too, threads would wait for each other.
+    with ThreadPoolExecutor(config.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = pool.map(lambda scene_id: _check(manifest.scene(scene_id), digests[scene_id], config), ids)
         for done, result in enumerate(results, start=1):
             findings += result.findings

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from services.data.questions.draft import Draft, generator
 
 LETTERS = "ABCDEFGH"
 SMALL_VOCABULARY = 4
-"""Up to this many possible answers all are made equally frequent; with more, frequent ones are cut to the median."""
+"""Up to this many possible answers are kept near the rarest one's frequency; with more, near the median one's."""
+SLACK = 1.5
+"""With more than two possible answers, how much more frequent one may be: exactness would cost most questions."""
 MOST_RIGHT = 0.4
 """An option may be right in at most this share of the questions that offer it (of four, chance is 0.25)."""
 VALUE_STEP = 0.1
@@ -42,8 +44,8 @@ def _select(kind: str, drafts: list[Draft]) -> list[Draft]:
     if kind == "obj_appearance_order":
         return limit_success(drafts, lambda option: option.split(", ")[0])
     if drafts and drafts[0].wrong:
-        vocabulary = {option for draft in drafts for option in (draft.answer, *draft.wrong)}
-        return cap(drafts, lambda draft: draft.answer, vocabulary)
+        # Route plans have one gap or two: each length is balanced by itself.
+        return cap_each(drafts, lambda draft: draft.answer.count(","), lambda draft: draft.answer)
     same_text = cap_each(drafts, lambda draft: draft.text, lambda draft: value_bin(draft.answer))
     return cap(same_text, lambda draft: value_bin(draft.answer))
 
@@ -53,20 +55,20 @@ def value_bin(answer: str) -> int:
     return math.floor(math.log(float(answer)) / math.log1p(VALUE_STEP))
 
 
-def cap(
-    drafts: Sequence[Draft], answer: Callable[[Draft], Hashable], vocabulary: Iterable[Hashable] = ()
-) -> list[Draft]:
-    """Keep at most as many drafts of each answer as the rarest (few possible answers) or the median one has.
+def cap(drafts: Sequence[Draft], answer: Callable[[Draft], Hashable]) -> list[Draft]:
+    """Limit how often an answer occurs: see ``SMALL_VOCABULARY`` and ``SLACK``.
 
-    ``vocabulary`` are all possible answers; one that never is right makes the others scarce: one draft each.
+    A wrong option that never is right counts as an answer of frequency 0: then each answer may occur once.
     """
     counts = Counter(answer(draft) for draft in drafts)
-    possible = set(counts) | set(vocabulary)
-    if not possible:
+    possible = set(counts) | {option for draft in drafts for option in draft.wrong}
+    if not counts:
         return []
-    frequencies = [counts[value] for value in possible]
-    few = len(possible) <= SMALL_VOCABULARY
-    limit = max(1, min(frequencies) if few else int(np.median([f for f in frequencies if f])))
+    if len(possible) <= SMALL_VOCABULARY:
+        rarest = min(counts[value] for value in possible)
+        limit = max(1, math.floor(rarest * (SLACK if len(possible) > 2 else 1)))
+    else:
+        limit = max(1, int(np.median(list(counts.values()))))
     kept, taken = [], Counter[Hashable]()
     for draft in drafts:
         taken[answer(draft)] += 1

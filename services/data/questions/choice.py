@@ -6,9 +6,11 @@ right answer, and the wrong options are drawn such that nothing but the scene te
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from itertools import permutations
+from collections.abc import Sequence
+from itertools import pairwise, permutations
 
 import numpy as np
 
@@ -23,13 +25,18 @@ STAND_OFF = 0.75
 ANGLE_MARGIN = 15.0
 """Degrees that a direction keeps from the border between two answers."""
 HINT_SHARE = 0.25
-"""Part of the visibility threshold that an object must stay below before its first view."""
+"""Part of the visibility threshold from which somebody might notice an object."""
+TRIALS = 400
+"""Attempts to find four labels, and views, with a certain order of appearance."""
+LONGEST = 8
+"""Views of a question about a part of the views."""
 
 DIRECTIONS = {
     "object_rel_direction_easy": ("left", "right"),
     "object_rel_direction_medium": ("left", "right", "back"),
     "object_rel_direction_hard": ("front-left", "front-right", "back-left", "back-right"),
 }
+SCARCE = frozenset({"back", "back-left", "back-right"})
 
 
 def object_rel_distance(facts: Facts, seed: int, limit: int) -> list[Draft]:
@@ -76,26 +83,34 @@ def apart(*boxes: Box) -> bool:
 
 
 def object_rel_direction(facts: Facts, seed: int, limit: int) -> list[Draft]:
-    """Standing at A and facing B, in which direction is C: at most ``limit`` of each of the three difficulties."""
+    """Standing at A and facing B, in which direction is C: at most ``limit`` of each of the three difficulties.
+
+    Every answer is wanted equally often within the scene already. One triple makes one question, or the three
+    difficulties would tell each other's answers; it goes where its answer is scarcest (furniture stands along the
+    walls, so hardly anything is behind somebody who faces into the room).
+    """
     rng = generator(seed, facts.id, "object_rel_direction")
-    triples = sample(list(permutations(range(len(facts.unique)), 3)), 40 * limit, rng)
-    drafts: dict[str, list[Draft]] = {kind: [] for kind in DIRECTIONS}
+    drafts: list[Draft] = []
     given: Counter[tuple[str, str]] = Counter()
-    for number, indices in enumerate(triples):
+    for indices in sample(list(permutations(range(len(facts.unique)), 3)), 60 * limit, rng):
         a, b, c = (facts.unique[i] for i in indices)
         if not apart(box_of(a), box_of(b), box_of(c)):
             continue
-        # One triple makes one question, or the three difficulties would tell each other's answers.
-        kind = list(DIRECTIONS)[number % 3]
         angle = bearing(box_of(a).center, box_of(b).center, box_of(c).center)
-        answer = direction(angle, kind)
-        # Every answer equally often within the scene as well: furniture along walls favours some.
-        if answer is None or given[kind, answer] == math.ceil(limit / len(DIRECTIONS[kind])):
+        wanted = [
+            (given[kind, answer], answer not in SCARCE, kind, answer)
+            for kind, options in DIRECTIONS.items()
+            if (answer := direction(angle, kind)) is not None
+            and given[kind, answer] < math.ceil(limit / len(options))
+            and sum(given[kind, option] for option in options) < limit
+        ]
+        if not wanted:
             continue
+        _, _, kind, answer = min(wanted)
         given[kind, answer] += 1
         wrong = tuple(option for option in DIRECTIONS[kind] if option != answer)
-        drafts[kind].append(_draft(facts, kind, _direction_text(a, b, c, kind), answer, wrong))
-    return [draft for kind in DIRECTIONS for draft in drafts[kind]]
+        drafts.append(_draft(facts, kind, _direction_text(a, b, c, kind), answer, wrong))
+    return sorted(drafts, key=lambda draft: draft.type)
 
 
 def _direction_text(a: Thing, b: Thing, c: Thing, kind: str) -> str:
@@ -113,53 +128,55 @@ def _direction_text(a: Thing, b: Thing, c: Thing, kind: str) -> str:
     )
 
 
-def first_seen(thing: Thing, threshold: float) -> int | None:
-    """Column of the first view that shows the object; None if none does, or if an earlier view shows a hint of it."""
-    shown = np.flatnonzero(thing.share >= threshold)
-    if len(shown) == 0 or (thing.share[: shown[0]] >= HINT_SHARE * threshold).any():
-        return None
-    return int(shown[0])
+def appearances(facts: Facts) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Labels (L) in order of the alphabet; in which views each is clearly visible, and in which it might be noticed.
+
+    Both (L, V) bool. A label is visible where one of its objects is.
+    """
+    labels = sorted(facts.counts)
+    share = np.array([np.max([t.share for t in facts.things if t.label == label], axis=0) for label in labels])
+    share = share.reshape(len(labels), len(facts.views))
+    return labels, share >= facts.min_visible, share >= HINT_SHARE * facts.min_visible
+
+
+def is_certain_order(rows: Sequence[int], clear: np.ndarray, hint: np.ndarray) -> bool:
+    """Whether each row of labels is clearly visible in some view before anything of the next can be noticed."""
+    if not all(clear[row].any() for row in rows):
+        return False
+    return all(int(clear[a].argmax()) < int(hint[b].argmax()) for a, b in pairwise(rows))
 
 
 def obj_appearance_order(facts: Facts, seed: int, limit: int) -> list[Draft]:
     """In which order four labels appear for the first time; labels may have several objects, the first one counts.
 
-    The wrong orders are drawn evenly from all 23, so that the right one is not the one most like the others.
+    Asked about all views, and about some of them in their order: where the first view shows the whole room, fewer
+    views make a question possible. The wrong orders are drawn evenly from all 23, so that the right one is not the
+    one most like the others.
     """
     rng = generator(seed, facts.id, "obj_appearance_order")
-    first = _first_by_label(facts)
-    labels = sorted(first)
+    labels, clear, hint = appearances(facts)
+    count = len(facts.views)
     drafts: list[Draft] = []
-    for _ in range(4 * limit if len(set(first.values())) >= 4 else 0):
-        chosen = [labels[i] for i in rng.permutation(len(labels))[:4]]
-        if len({first[label] for label in chosen}) < 4:
+    for trial in range(TRIALS if min(count, len(labels)) >= 4 else 0):
+        size = count if trial < TRIALS // 4 else int(rng.integers(4, min(count, LONGEST) + 1))
+        columns = np.sort(rng.permutation(count)[:size])
+        seen, noticed = clear[:, columns], hint[:, columns]
+        candidates = np.flatnonzero(seen.any(1))
+        rows = sorted(rng.permutation(candidates)[:4].tolist(), key=lambda row: int(seen[row].argmax()))
+        if len(rows) < 4 or not is_certain_order(rows, seen, noticed):
             continue
-        orders = list(permutations(chosen))
-        right = tuple(sorted(chosen, key=lambda label: first[label]))
-        wrong = [orders[i] for i in rng.permutation(len(orders)) if orders[i] != right][:3]
-        names = ", ".join(chosen)
+        right = tuple(labels[row] for row in rows)
+        if any(set(right) == set(other.answer.split(", ")) for other in drafts):
+            continue
+        orders = [order for order in permutations(right) if order != right]
+        wrong = tuple(", ".join(orders[i]) for i in rng.permutation(len(orders))[:3])
+        names = ", ".join(right[i] for i in rng.permutation(4))
         text = f"In which order do these kinds of object appear for the first time in the pictures: {names}?"
-        draft = _draft(
-            facts, "obj_appearance_order", text, ", ".join(right), tuple(", ".join(order) for order in wrong)
-        )
-        if all(set(draft.answer.split(", ")) != set(other.answer.split(", ")) for other in drafts):
-            drafts.append(draft)
+        draft = _draft(facts, "obj_appearance_order", text, ", ".join(right), wrong)
+        drafts.append(dataclasses.replace(draft, views=tuple(facts.views[column] for column in columns)))
         if len(drafts) == limit:
             break
     return drafts
-
-
-def _first_by_label(facts: Facts) -> dict[str, int]:
-    """First view of each label whose every object has a clear first view (or is never to be seen at all)."""
-    first: dict[str, int] = {}
-    for label in facts.counts:
-        things = [t for t in facts.things if t.label == label]
-        views = [first_seen(t, facts.min_visible) for t in things]
-        hinted = [t for t, view in zip(things, views, strict=True) if view is None and t.share.max() > 0]
-        clear = [view for view in views if view is not None]
-        if clear and not hinted:
-            first[label] = min(clear)
-    return first
 
 
 def _draft(facts: Facts, kind: str, text: str, answer: str, wrong: tuple[str, ...]) -> Draft:

@@ -19,7 +19,7 @@ from services.contracts import Instance, Question, Scene, Split
 from services.data.questions import Annotations, annotate, blind_scores, write_annotations
 from services.data.questions.blind import right_option, scene_of
 from services.data.questions.boxes import Box, floor_area
-from services.data.questions.choice import direction, first_seen
+from services.data.questions.choice import direction, is_certain_order
 from services.data.questions.draft import plural, with_article
 from services.data.questions.facts import Thing
 from services.data.questions.referring import compose
@@ -154,8 +154,11 @@ def test_obj_appearance_order(source: Annotations) -> None:
         (names,) = labels_in(r"in the pictures: (.+)\?", question)
         first = {}
         for name in names.split(", "):
-            counts = np.array([pixel_counts(scene, i) for i in scene.instances if i.label == name]).sum(0)
-            first[name] = int(np.argmax(counts >= CONFIG.min_visible * toy_scene.WIDTH * toy_scene.HEIGHT))
+            counts = np.array([pixel_counts(scene, i) for i in scene.instances if i.label == name]).max(0)
+            seen = counts[list(question.views)] >= CONFIG.min_visible * toy_scene.WIDTH * toy_scene.HEIGHT
+            assert seen.any()
+            first[name] = int(np.argmax(seen))
+        assert list(question.views) == sorted(set(question.views))
         ordered = sorted(first, key=lambda name: first[name])
         assert right_option(question) == ", ".join(ordered)
         assert len(set(first.values())) == 4
@@ -164,38 +167,35 @@ def test_obj_appearance_order(source: Annotations) -> None:
 
 def test_route_planning_by_walking(source: Annotations) -> None:
     amounts = {"turn left": 90.0, "turn right": -90.0, "turn back": 180.0}
-    pattern = (
-        r"at the (.+), faces the (.+) and is to go to the (.+)\. Its .* on to the (.+)\. 3\. .* on to the (.+), the"
-    )
+    lengths = set()
     for scene, question in of_type(source, "route_planning"):
-        a, b, d, c, goal = labels_in(pattern, question)
-        assert goal == d
-        points = [floor_point(named(scene, name)) for name in (a, c, d)]
+        a, b, goal = labels_in(r"at the (.+), faces the (.+) and is to go to the (.+)\. Its", question)
+        stops = re.findall(r"Go straight on to the (.+?)\.", question.text)
+        assert stops[-1] == goal
+        assert question.text.count("[fill in]") == len(stops) + 1  # one in the explanation
+        lengths.add(len(stops))
+        points = [floor_point(named(scene, name)) for name in (a, *stops)]
         start = heading(points[0], floor_point(named(scene, b)))
         arrived = []
-        for plan in product(amounts, repeat=2):
+        for plan in product(amounts, repeat=len(stops)):
             facing, reached = start, True
-            for here, there, action in zip(points, points[1:], plan, strict=False):
+            for (here, there), action in zip(pairwise(points), plan, strict=True):
                 facing += amounts[action]
                 reached &= abs(turned(facing, heading(here, there))) < 45
                 facing = heading(here, there)
             arrived += [", ".join(plan)] * reached
         assert arrived == [right_option(question)]
-        for here, there in pairwise(points):
-            for other in scene.instances:
-                if other.label not in (a, c, d) or (other.label == d and there != points[2] and here != points[2]):
-                    line = here + np.linspace(0, 1, 400) * (there - here)
-                    height = other.box.center[2]
-                    closest = min(
-                        np.linalg.norm(to_box(other, np.array([p.real, p.imag, height])) - [p.real, p.imag, height])
-                        for p in line
-                    )
-                    assert closest > 0.1
+        for (here, there), ends in zip(pairwise(points), pairwise((a, *stops)), strict=True):
+            for other in (i for i in scene.instances if i.label not in ends):
+                height = other.box.center[2]
+                line = [np.array([p.real, p.imag, height]) for p in here + np.linspace(0, 1, 100) * (there - here)]
+                assert min(np.linalg.norm(to_box(other, p) - p) for p in line) > 0.1
+    assert lengths == {1, 2}
 
 
 def test_options_and_views_are_well_formed(source: Annotations) -> None:
     for question in source.questions:
-        assert question.views == tuple(range(8))
+        assert question.views == tuple(range(8)) or question.type == "obj_appearance_order"
         assert question.type in vsibench.QUESTION_TYPES
         if question.type in vsibench.CHOICE_TYPES:
             assert [option[:3] for option in question.options] == [f"{c}. " for c in "ABCD"[: len(question.options)]]
@@ -210,8 +210,9 @@ def test_options_and_views_are_well_formed(source: Annotations) -> None:
 def test_guessing_without_images_gains_little(source: Annotations) -> None:
     scores = blind_scores(source.questions)
     for kind in vsibench.CHOICE_TYPES:
-        letters = Counter(q.answer for q in source.questions if q.type == kind)
-        assert max(letters.values()) - min(letters.values()) <= 1
+        for count in (2, 3, 4):
+            letters = Counter(q.answer for q in source.questions if q.type == kind and len(q.options) == count)
+            assert max(letters.values(), default=0) - min((letters[c] for c in "ABCD"[:count]), default=0) <= 1
         assert scores[kind].best <= scores[kind].chance + 0.15, (kind, scores[kind])
     assert scores["object_abs_distance"].best < 0.6
 
@@ -293,13 +294,18 @@ def test_turn_of_an_angle(angle: float, expected: str | None) -> None:
     assert turn(angle) == expected
 
 
-def test_an_earlier_hint_of_an_object_makes_its_first_view_unclear() -> None:
-    def thing(*share: float) -> Thing:
-        return Thing(id=1, label="bed", box=None, share=np.array(share))
-
-    assert first_seen(thing(0, 0.0004, 0.01), 0.002) == 2
-    assert first_seen(thing(0, 0.001, 0.01), 0.002) is None
-    assert first_seen(thing(0, 0, 0.001), 0.002) is None
+@pytest.mark.parametrize(
+    ("clear", "hint", "certain"),
+    [
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], None, True),
+        ([[1, 0, 0], [0, 1, 0], [0, 1, 1]], None, False),  # the last two come at once
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0], [0, 1, 1]], False),  # the third can be guessed at
+        ([[0, 1, 0], [0, 0, 1], [0, 0, 0]], None, False),  # the third never comes
+    ],
+)
+def test_an_order_is_certain_only_without_earlier_hints(clear: list, hint: list | None, certain: bool) -> None:
+    rows = np.array(clear, bool)
+    assert is_certain_order([0, 1, 2], rows, rows if hint is None else np.array(hint, bool)) is certain
 
 
 def test_floor_area_of_an_l_shape_with_an_unseen_patch_and_a_wall() -> None:
