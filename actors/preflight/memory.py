@@ -1,4 +1,4 @@
-"""Parameters, work and memory of one role's training step, from its model on the meta device.
+"""Parameters, work and memory of one role's training step, from its model as fake tensors (no memory, no time).
 
 Memory of one worker, in bytes (AdamW, weights in float32):
 
@@ -6,7 +6,7 @@ Memory of one worker, in bytes (AdamW, weights in float32):
     gradients    4 a trainable parameter
     optimiser    8 a trainable parameter (two moments)
     activations  the storages that autograd keeps for the backward pass of one micro-batch, counted by running the
-                 forward pass on the meta device under saved-tensor hooks (each storage once; parameters, buffers
+                 forward pass on fake tensors under saved-tensor hooks (each storage once; parameters, buffers
                  and the batch itself are not counted again)
     batch        the collated tensors of one micro-batch
     working      twice the largest of the activations: the gradients that enter and leave an operation of its size
@@ -58,7 +58,7 @@ class StepCost:
 def step_cost(
     module: nn.Module, role: RoleSpec, batch: Mapping[str, Any], *, autocast: bool = False, ema: bool = False
 ) -> StepCost:
-    """The cost of ``role``'s step of ``module`` on ``batch``, both on the meta device (no memory, no time)."""
+    """The cost of ``role``'s step of ``module`` on ``batch``, made under one ``FakeTensorMode`` (or both real)."""
     parameters = list(module.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     with FlopCounterMode(display=False) as counter:

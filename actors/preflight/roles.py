@@ -1,10 +1,11 @@
-"""What one role trains: its model, built on the meta device for the features and data of the run."""
+"""What one role trains: its model, built without memory for the features and data of the run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actors.preflight.encoders import EncoderCost
 from actors.preflight.memory import StepCost, step_cost
@@ -24,7 +25,8 @@ def role_cost(config: RunConfig, features: EncoderCost, classes: int, workers: i
     """
     settings = config.encoders[config.recipe.features]
     samples = config.trainer.micro_batch // workers
-    with torch.device("meta"):
+    # Fake tensors have shapes and a device, and no memory; unlike those on the meta device, autocast acts on them.
+    with FakeTensorMode():
         batch = probe_batch(features, samples, settings.height, settings.width)
         arguments = representation.model_settings(config, batch, classes)
         module, role = representation.build_probe(config.model.name, arguments, config.seed)
