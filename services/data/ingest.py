@@ -164,7 +164,7 @@ def index_reader(
         QuarantineLimitError: More than ``max_broken`` of the ids cannot be read.
     """
     ids = reader.list_ids()
-    classes = reader.classes()
+    reader.prepare()
     shared = _Files(reader.root, Digester())
     for path in dict.fromkeys(reader.shared.files):
         shared.content(str(path))
@@ -178,7 +178,7 @@ def index_reader(
         name=name,
         root=str(reader.root),
         settings=settings,
-        classes=classes,
+        classes=reader.classes(),
         broken=ingest.broken,
         examples=examples,
     )

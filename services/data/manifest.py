@@ -193,6 +193,9 @@ class Manifest:
     def __contains__(self, entry_id: str) -> bool:
         return entry_id in self._rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Manifest, (self.facts, self.digest, self._entries, self._files)
+
     def __repr__(self) -> str:
         return f"Manifest({self.name!r}, {len(self)} entries, {self.digest[:12]})"
 

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,7 @@ def index_source(
         if old is not None and not revalidate:
             return old, _report(source, path, old, None, len(old), started)
         changes = old.revalidate(workers) if old is not None else None
+        reader.prepare()
         keep = _unchanged(reader, changes)
         if changes is not None and keep == changes.manifest.ids == reader.list_ids():
             manifest = changes.manifest
@@ -205,8 +207,14 @@ def settings_digest(source: SourceConfig, root: Path, version: int) -> str:
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold a file lock: of several processes that start at once, one makes what the others then find."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}); storage.root must be a folder that can be"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -216,8 +224,9 @@ def _load_valid(path: Path, settings: str) -> Manifest | None:
         return None
     try:
         manifest = Manifest.load(path)
-    except DataError:
+    except DataError as error:
         # Everything in it can be made again from the source, so a damaged manifest costs time and nothing else.
+        logging.getLogger(__name__).warning("%s", error)
         return None
     return manifest if manifest.facts.settings == settings else None
 

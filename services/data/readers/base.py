@@ -114,6 +114,10 @@ class Reader(ABC):
         """Names of the semantic classes by id ("" where an id is not used); () where the source has none."""
         return ()
 
+    def prepare(self) -> None:
+        """Read what all scenes share, so that its files are known and threads need not race for it."""
+        self.classes()
+
     def source_splits(self) -> Mapping[str, Split]:
         """Scene id -> split as the source itself defines it; empty where it does not."""
         return {}

@@ -95,6 +95,10 @@ class CorpusReader(Reader):
         first = {key: path.relative_to(self.root).parts[0] for key, path in self.pictures.items()}
         return {key: Split(name) for key, name in first.items() if name in set(Split)}
 
+    def prepare(self) -> None:
+        """List the records: that reads the file they all lie in."""
+        self.all_ids()
+
     def read_one(self, scene_id: str, notes: Notes) -> Item:
         """One item. DataError when an image is missing or a conversation has no turns."""
         if self.form == "folder":

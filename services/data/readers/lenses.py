@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,6 @@ class Undistorter:
             raise ConfigError(f"options.undistort={mode!r} is not one of write, refuse")
         self._folder = folder
         self._mode = mode
-        self._maps: dict[Lens, tuple[Intrinsics, np.ndarray, np.ndarray]] = {}
 
     def apply(
         self, image: Path, depth: DepthRef | None, lens: Lens, scene_id: str, notes: Notes
@@ -120,18 +120,12 @@ class Undistorter:
         # The stored files decide what the copies hold, so they are guarded as well.
         notes.files.append(image)
         copy = self._copy(image, lens, scene_id, _remap_color)
-        pinhole = self._mapping(lens)[0]
+        pinhole = _pinhole(lens)
         if depth is not None:
             notes.files.append(Path(depth.path))
             plain = self._copy(Path(depth.path), lens, scene_id, _remap_depth)
             depth = dataclasses.replace(depth, path=str(plain), K=pinhole)
         return ImageRef(path=str(copy)), depth, pinhole
-
-    def _mapping(self, lens: Lens) -> tuple[Intrinsics, np.ndarray, np.ndarray]:
-        if lens not in self._maps:
-            pinhole = lens.pinhole()
-            self._maps[lens] = (pinhole, *lens.maps(pinhole))
-        return self._maps[lens]
 
     def _copy(self, path: Path, lens: Lens, scene_id: str, remap: Remap) -> Path:
         assert self._folder is not None
@@ -145,9 +139,19 @@ class Undistorter:
         suffix = path.suffix.lower() if path.suffix.lower() in _JPEG else ".png"
         copy = self._folder / "undistorted" / scene_id / f"{path.stem}-{name}{suffix}"
         if not copy.exists():
-            _, u, v = self._mapping(lens)
-            _write(remap(path, lens, u, v), copy)
+            _write(remap(path, lens, *_maps(lens)), copy)
         return copy
+
+
+# Reconstructions of internet pictures have a lens for each: their cameras are small, the maps are not.
+@lru_cache(maxsize=65536)
+def _pinhole(lens: Lens) -> Intrinsics:
+    return lens.pinhole()
+
+
+@lru_cache(maxsize=8)
+def _maps(lens: Lens) -> tuple[np.ndarray, np.ndarray]:
+    return lens.maps(_pinhole(lens))
 
 
 def _checked(pixels: np.ndarray, path: Path, lens: Lens) -> np.ndarray:

@@ -99,6 +99,11 @@ class ScanNetppReader(Reader):
         """Class names by id; 0 is "none"."""
         return ("none", *self.class_ids) if self.class_ids else ()
 
+    def prepare(self) -> None:
+        """Read the classes and the types of all scenes."""
+        super().prepare()
+        _ = self.scene_types
+
     def read_one(self, scene_id: str, notes: Notes) -> Scene:
         """Views, undistorted, with instances and mesh."""
         if scene_id not in self.scenes:

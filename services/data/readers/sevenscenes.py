@@ -86,7 +86,7 @@ class SevenScenesReader(Reader):
                     depth=self._depth(depth_path),
                 )
             )
-        return Scene(id=scene_id, views=tuple(views), scene_type=folder.parent.name)
+        return Scene(id=scene_id, views=tuple(views))
 
     def _depth(self, path: Path) -> DepthRef | None:
         if not path.is_file():

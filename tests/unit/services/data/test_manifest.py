@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def test_saved_and_loaded_it_is_the_same(root: Path, tmp_path: Path) -> None:
     assert loaded.scene("d") == manifest.scene("d")
     assert list(loaded.rows(loaded.ids)) == list(manifest.rows(manifest.ids))
     assert [p.name for p in path.parent.iterdir()] == ["manifest.arrow"]
+    sent = pickle.loads(pickle.dumps(loaded))
+    assert (sent.digest, sent.scene("b")) == (manifest.digest, manifest.scene("b"))
 
 
 def test_the_digest_is_of_content_and_not_of_places_or_times(root: Path, tmp_path: Path) -> None:
@@ -165,6 +168,26 @@ def test_indexing_again_rereads_only_what_changed(root: Path, tmp_path: Path) ->
     last, _ = index_source("mine", source, storage, max_broken=0.0)
     assert last.ids == ["b", "c", "d", "e"]
     assert Manifest.load(report.path).digest == last.digest
+
+
+def test_a_list_of_all_scenes_that_appears_is_noticed(root: Path, tmp_path: Path) -> None:
+    source, storage = SourceConfig(format="scannet", root=str(root)), StorageConfig(root=str(tmp_path / "storage"))
+    table = root / "scannetv2-labels.combined.tsv"
+    text = table.read_text()
+    table.unlink()
+    first, _ = index_source("mine", source, storage, max_broken=0.0)
+    assert first.classes == ()
+    table.write_text(text)
+    second, report = index_source("mine", source, storage, max_broken=0.0)
+    assert second.classes[2] == "chair"
+    assert report.reused == 0
+
+
+def test_a_storage_that_cannot_be_written_is_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = SourceConfig(format="scannet", root=str(root))
+    with pytest.raises(DataError, match=r"file/manifests/mine-.*storage\.root must be a folder"):
+        index_source("mine", source, StorageConfig(root=str(tmp_path / "file")), max_broken=0.0)
 
 
 def test_settings_have_manifests_of_their_own(root: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_sevenscenes_reprojects_with_a_camera_each(tmp_path: Path) -> None:
     write_sevenscenes(tmp_path)
     scene = read(tmp_path, "sevenscenes", **cameras())
     assert_right(colored(scene), limit=2.2)
-    assert (scene.id, scene.split, scene.scene_type) == ("chess-seq-03", Split.TEST, "chess")
+    assert (scene.id, scene.split) == ("chess-seq-03", Split.TEST)
     assert scene.views[0].depth is not None
     depth = load_depth(scene.views[0].depth)
     assert (depth[:10, :10] == 0).all()
