@@ -104,7 +104,8 @@ class Targets:
     Args:
         config: the run; the size is that of the encoder ``recipe.features``.
         manifests: by source, as the plan's.
-        store: a feature store without codec (:func:`open_target_store`), or None to decode every time.
+        store: the run's feature store, or None to decode every time. Where it has a codec, targets are kept beside
+            it without one.
 
     ``classes`` and ``scene_types`` are the names behind the indices of ``labels`` and ``scene_type``: with one
     source its own class ids; with several, the union by name, in the order of the sources' names.
@@ -119,9 +120,7 @@ class Targets:
             sorted({e.scene_type for m in manifests.values() for e in m.entries if e.scene_type is not None})
         )
         if store is not None and store.codec != "none":
-            raise CacheError(
-                f"targets need a store without codec, this one has {store.codec!r}: depth would be rounded"
-            )
+            store = open_target_store(config)  # a lossy codec would round depth
         self._namespace: Any = None
         self._lease: Any = None
         if store is not None:
