@@ -39,23 +39,34 @@ def load_frame(path: Path, frame: int) -> np.ndarray:
     index = _index(path, _stamp(path))
     if not 0 <= frame < len(index.pts):
         raise DataError(f"{path}: has {len(index.pts)} frames, frame {frame} was asked for")
-    wanted = index.pts[frame]
+    # After a jump a stream may begin with frames that refer to what was jumped over; then it is read from its start.
+    for start in (index.pts[frame], None):
+        found = _decode(path, index.pts[frame], start)
+        if found is not None:
+            return found
+    raise DataError(f"{path}: frame {frame} does not decode; the video is truncated or damaged")
+
+
+def _decode(path: Path, wanted: int, start: int | None) -> np.ndarray | None:
+    """The frame shown at ``wanted``, read from the keyframe at or before ``start`` or from the beginning."""
     import av
 
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            # The keyframe at or before the wanted one; from there frames come in order of presentation.
-            container.seek(wanted, stream=stream, backward=True)
+            # A damaged frame is an error, not a guess at what it may have shown.
+            stream.codec_context.options = {"err_detect": "explode"}
+            if start is not None:
+                container.seek(start, stream=stream, backward=True)
             for decoded in container.decode(stream):
                 if decoded.pts == wanted:
                     return decoded.to_ndarray(format="rgb24")
                 if decoded.pts is not None and decoded.pts > wanted:
-                    break
-    except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{path}: frame {frame} does not decode ({error})") from error
-    raise DataError(f"{path}: frame {frame} does not decode; the video is truncated or damaged")
+                    return None
+    except (av.FFmpegError, OSError):
+        return None
+    return None
 
 
 class _Index:

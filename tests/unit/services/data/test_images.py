@@ -138,6 +138,21 @@ def test_frames_of_a_video_by_index_in_any_order(tmp_path: Path) -> None:
         load_image(ImageRef(path=str(path), frame=12))
 
 
+def test_a_damaged_frame_is_an_error_and_those_before_it_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    texture = np.random.default_rng(0).integers(0, 60, (48, 64, 3))
+    write_video(path, [(texture + 10 * number).astype(np.uint8) for number in range(12)], gop=12)
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    position, size = packets[6]
+    data = bytearray(path.read_bytes())
+    data[position : position + size] = b"\xff" * size
+    path.write_bytes(data)
+    assert load_image(ImageRef(path=str(path), frame=0)).shape == (48, 64, 3)
+    with pytest.raises(DataError, match=r"a\.mp4: frame 11 does not decode; the video is truncated or damaged"):
+        load_image(ImageRef(path=str(path), frame=11))
+
+
 def test_digests_name_content_frame_and_decoder(tmp_path: Path) -> None:
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     one.write_bytes(png(picture()))
