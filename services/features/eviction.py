@@ -17,18 +17,17 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.contracts import Tensor
 from services.features import forks
 from services.features.leases import owner_alive, pinned
 from services.features.shards import Shard
 
 log = logging.getLogger(__name__)
 
-#: Bytes of Arrow's and our own book-keeping for one record, about.
-RECORD_OVERHEAD = 640
 #: An access is stamped at most this often for each shard and process.
 STAMP_S = 600.0
 #: What a dead writer of another machine may have left is swept after this time.
@@ -62,8 +61,10 @@ class GcReport:
 class Budget:
     """Admission and eviction for one store. Thread-safe; processes share nothing but the folder."""
 
-    def __init__(self, root: Path, budget_bytes: int) -> None:
+    def __init__(self, root: Path, budget_bytes: int, open_shards: Callable[[], dict[str, int]]) -> None:
         self.root, self.budget_bytes = root, budget_bytes
+        # Names and sizes of the shards that this process writes: partly in memory, so the disk does not tell.
+        self._open_shards = open_shards
         self._lock = threading.Lock()
         self._used = 0
         self._measured = float("-inf")
@@ -73,6 +74,10 @@ class Budget:
     def after_fork(self) -> None:
         """See services.features.forks."""
         self._lock = threading.Lock()
+
+    def measure_again(self) -> None:
+        """The disk is to be asked at the next admission: a shard was committed, whose size was an estimate."""
+        self._measured = float("-inf")
 
     def admit(self, nbytes: int, fingerprint: str) -> bool:
         """Whether ``nbytes`` more may be written for ``fingerprint``; evicts what nobody needs to make room.
@@ -86,7 +91,10 @@ class Budget:
             if now < self._full_until and self._used + nbytes > self.budget_bytes:
                 return False
             if now - self._measured > _USAGE_S or self._used + nbytes > self.budget_bytes:
-                self._used, self._measured = store_bytes(self.root), now
+                # By name, so that a shard that is renamed meanwhile is counted once.
+                writing = self._open_shards()
+                on_disk = sum(folder_bytes(folder, leave_out=writing) for folder in namespace_folders(self.root))
+                self._used, self._measured = on_disk + sum(writing.values()), now
             if self._used + nbytes > self.budget_bytes:
                 self._used -= evict(self.root, self._used + nbytes - self.budget_bytes, keep={fingerprint})
             if self._used + nbytes > self.budget_bytes:
@@ -94,6 +102,11 @@ class Budget:
                 return False
             self._used += nbytes
             return True
+
+
+def record_bytes(record: Mapping[str, Tensor]) -> int:
+    """Bytes that a record takes on the disk, a little too many: Arrow's and our book-keeping is part of it."""
+    return 256 + sum(320 + tensor.data.nbytes for tensor in record.values())
 
 
 def evict(root: Path, nbytes: int, keep: Collection[str] = ()) -> int:
@@ -191,11 +204,13 @@ def store_bytes(root: Path) -> int:
     return sum(folder_bytes(folder) for folder in namespace_folders(root))
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; a file that vanishes meanwhile counts nothing."""
+def folder_bytes(folder: Path, leave_out: Collection[str] = ()) -> int:
+    """Bytes of all files below a folder, except those of some shards; what vanishes meanwhile counts nothing."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
+            if name[:32] in leave_out:
+                continue
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(parent, name)).st_size  # noqa: PTH116, PTH118  one call a file
     return total

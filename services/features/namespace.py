@@ -161,8 +161,7 @@ class Namespace:
             self._sealing.acknowledge(digest)
             return True
         stored, errors = codecs.encode(self._store.codec, checked)
-        size = sum(tensor.data.nbytes for tensor in stored.values()) + eviction.RECORD_OVERHEAD
-        if not self._store.budget.admit(size, self.fingerprint):
+        if not self._store.budget.admit(eviction.record_bytes(stored), self.fingerprint):
             self._count(refused=1)
             return False
         self._count(bytes_written=self._sealing.put(digest, stored, errors))
@@ -216,6 +215,11 @@ class Namespace:
         """Bytes of all its files on the local disk."""
         return eviction.folder_bytes(self.folder)
 
+    @property
+    def open_shards(self) -> dict[str, int]:
+        """Shards that this process writes and has not committed, with the bytes they will take, about."""
+        return self._sealing.open_shards()
+
     def disk_stats(self) -> DiskStats:
         """Counts, bytes, and the summed error of the codec, from the commit records."""
         self._index.refresh(force=True)
@@ -262,7 +266,7 @@ class Namespace:
             self.condemn(name, WHOLE_SHARD, "", str(error))
             return None
         with self._lock:
-            while len(self._shards) >= self._store.open_shards:
+            while len(self._shards) >= self._store.most_mapped:
                 # Views that callers still hold keep their map alive.
                 self._shards.pop(next(iter(self._shards)))
             self._shards[name] = shard
@@ -287,6 +291,8 @@ class Namespace:
         return None
 
     def _read(self, place: Place, digest: bytes, into: Mapping[str, np.ndarray] | None) -> tuple[Record, int] | None:
+        if self._quarantine.bad and place in self._quarantine:
+            return None
         shard = self._shards.get(place.shard) or self.open_shard(place.shard)
         if shard is None:
             return None
@@ -317,6 +323,7 @@ class Namespace:
 
     def _committed(self, _: Commit) -> None:
         """Housekeeping in the sealing thread."""
+        self._store.budget.measure_again()
         self._index.refresh()
         if self._remote is not None:
             self._remote.push(self._index.shards())

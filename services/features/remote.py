@@ -90,7 +90,9 @@ class RemoteNamespace:
         self._listed = float("-inf")
         self._retry_at = float("-inf")
         self._mine: set[str] = set()
+        # Found altered: shards that are not placed (their good records are read one by one), records that are gone.
         self._unplaceable: set[str] = set()
+        self._bad: set[Place] = set()
         self.failures = 0
         """How often the remote could not be reached, or gave something that was not committed."""
         forks.reset_in_child(self)
@@ -105,8 +107,9 @@ class RemoteNamespace:
         segment = self._segment
         at = segment.find(int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big"))
         while at >= 0:
-            if segment.alive[number := segment.shard[at]]:
-                return Place(segment.shards[number], int(segment.row[at]))
+            place = Place(segment.shards[segment.shard[at]], int(segment.row[at]))
+            if place not in self._bad:
+                return place
             at = at + 1 if segment.same_key(at) else -1
         return None
 
@@ -116,7 +119,7 @@ class RemoteNamespace:
         segment = self._segment
         at = segment.find_many(*split_keys(keys))
         found = at >= 0
-        for i in np.flatnonzero(found) if not segment.alive.all() else ():
+        for i in np.flatnonzero(found) if self._bad else ():
             found[i] = self.find(keys[i].tobytes()) is not None
         return found
 
@@ -161,9 +164,9 @@ class RemoteNamespace:
             with self.tier.filesystem.open_input_file(self._path(place.shard, "arrow")) as file:
                 body = file.read_at(nbytes, offset)
             if stored_key != key or xxhash.xxh3_128_digest(body) != checksum:
-                self._drop(place.shard)
+                self._bad.add(place)
                 raise CacheError(f"row {place.row} is not what was committed")
-        if not body or stored_key != key or place.shard not in self._commits:
+        if not body or place in self._bad:
             return None
         record = decode(views(body, commit.layouts[number]))
         return (fill(into, record) if into is not None else record), nbytes
@@ -228,12 +231,6 @@ class RemoteNamespace:
     def _rebuild(self) -> None:
         self._segment = Segment.of_commits(list(self._commits.values()))
 
-    def _drop(self, name: str) -> None:
-        self._unplaceable.add(name)
-        for i, shard in enumerate(self._segment.shards):
-            if shard == name:
-                self._segment.alive[i] = False
-
     def _place(self, name: str, commit: Commit) -> bool:
         temporary = self.folder / "tmp" / f"{name}.{owner_tag()}.arrow.tmp"
         try:
@@ -248,7 +245,6 @@ class RemoteNamespace:
             try:
                 read_back(temporary, commit)
             except (CacheError, ValueError) as error:
-                # Some records may still be good: they are read one by one, and verified one by one.
                 self._unplaceable.add(name)
                 raise CacheError(f"it is not what was committed: {error}") from error
             temporary.rename(self.folder / f"{name}.arrow")

@@ -58,7 +58,7 @@ class Sealing:
         self._condition = threading.Condition()
         self._open: dict[tuple[tuple[str, str, int], ...], ShardWriter] = {}
         self._queue: deque[ShardWriter] = deque()
-        self._busy = 0
+        self._sealed_now: list[ShardWriter] = []
         self._pending: set[bytes] = set()
         self._acknowledged: list[bytes] = []
         self._failures: list[CacheError] = []
@@ -72,6 +72,12 @@ class Sealing:
     def pending(self, key: bytes) -> bool:
         """Whether the key was put and is not committed yet."""
         return key in self._pending
+
+    def open_shards(self) -> dict[str, int]:
+        """Names of shards that are not committed, and the bytes they will take, about."""
+        with self._condition:
+            writers = [*self._open.values(), *self._queue, *self._sealed_now]
+        return {writer.name: writer.size_on_disk for writer in writers}
 
     def acknowledge(self, key: bytes) -> None:
         """Report a key with the next flush that needed no writing, because it is committed already."""
@@ -111,7 +117,7 @@ class Sealing:
             self._queue.extend(self._open.values())
             self._open.clear()
             self._wake()
-            self._condition.wait_for(lambda: not self._queue and not self._busy)
+            self._condition.wait_for(lambda: not self._queue and not self._sealed_now)
             if self._failures:
                 error, self._failures = self._failures[0], []
                 raise error
@@ -152,7 +158,7 @@ class Sealing:
                 failure = self._seal(writer)
             finally:
                 with self._condition:
-                    self._busy -= 1
+                    self._sealed_now.remove(writer)
                     self._pending.difference_update(writer.keys)
                     if failure is None:
                         self._acknowledged += writer.keys
@@ -184,8 +190,8 @@ class Sealing:
                     if now - writer.started >= self._seal_s:
                         self._queue.append(self._open.pop(kind))
                 if self._queue:
-                    self._busy += 1
-                    return self._queue.popleft()
+                    self._sealed_now.append(self._queue.popleft())
+                    return self._sealed_now[-1]
                 if self._closing:
                     return None
                 oldest = min((writer.started for writer in self._open.values()), default=None)

@@ -95,10 +95,10 @@ class FeatureStore:
             "codec": codec,
         }
         # A mapped shard takes a descriptor; leave most of them to others.
-        self.open_shards = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self.budget = Budget(self.root, budget_bytes)
+        self.most_mapped = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._lock = threading.Lock()
         self._namespaces: dict[str, Namespace] = {}
+        self.budget = Budget(self.root, budget_bytes, self._open_shards)
         forks.reset_in_child(self)
         _check_layout(self.root)
         self.tier = RemoteTier(remote) if remote else None
@@ -222,6 +222,12 @@ class FeatureStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (str(self.root), self._settings)
+
+    def _open_shards(self) -> dict[str, int]:
+        shards: dict[str, int] = {}
+        for namespace in list(self._namespaces.values()):
+            shards.update(namespace.open_shards)
+        return shards
 
     def _of_folder(self, folder: Path) -> Namespace:
         """The namespace of a folder, also of one whose identity cannot be read."""

@@ -65,6 +65,11 @@ class ShardWriter:
         """Bytes written so far."""
         return self._file.position
 
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that the finished shard and its commit record will take, about."""
+        return self._file.position + 96 * len(self._rows) + 2048
+
     def append(self, key: bytes, record: Mapping[str, Tensor], errors: Mapping[str, CodecError]) -> int:
         """Write one checked, coded record; returns its bytes. OSError when the disk refuses: then abandon."""
         of = signature(record)
