@@ -266,7 +266,7 @@ def test_preprocessing_comes_from_the_folder(tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps({**values, "do_normalize": False}))
     assert load_encoder("dinov2", str(folder), height=56, width=56).preprocessing.std == (1.0, 1.0, 1.0)
     (folder / "preprocessor_config.json").write_text(json.dumps({**values, "rescale_factor": 1.0}))
-    with pytest.raises(ModelError, match="rescale_factor 1.0 is not 1/255"):
+    with pytest.raises(ModelError, match=r"rescale_factor 1\.0 is not 1/255"):
         load_encoder("dinov2", str(folder), height=56, width=56)
 
 
