@@ -26,7 +26,9 @@ def _failure(error: Exception, what: str, asked_at: float, timeout_s: float) -> 
         cause = error.cause
         if isinstance(cause, USER_ERRORS):
             return cause
-        return ServiceError(f"{what} failed with {type(cause).__name__}: {cause}\n{error.traceback_str}")
+        return ServiceError(
+            f"{what} failed with {type(cause).__name__}: {cause}\n{error}"
+        )  # Ray's text is the remote traceback
     return ServiceError(f"{what} is gone ({type(error).__name__}: {error}); asked at {_clock(asked_at)}")
 
 
