@@ -1,0 +1,20 @@
+"""``make bench NAME=features``: the store, the service and the stream. One module a group, collected here."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from infra.bench.harness import Bench, main
+
+#: Each has a ``TABLE`` of benchmarks.
+GROUPS = ("features_cache",)
+
+
+def table() -> list[Bench]:
+    """All benchmarks of the groups, in order."""
+    return [bench for group in GROUPS for bench in import_module(f"infra.bench.{group}").TABLE]
+
+
+if __name__ == "__main__":
+    sys.exit(main(table()))

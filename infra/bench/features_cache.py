@@ -1,0 +1,237 @@
+"""Benchmarks of the feature store: writing, reading, looking up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infra.bench import baselines
+from infra.bench.harness import Bench, Context, Measured, Target, cpu_us, rate
+from services.contracts import FeatureKey, Tensor
+from services.features.namespace import Namespace
+from services.features.segments import Segment, read_generation, write_generation
+from services.features.store import FeatureStore
+
+TOKENS, CHANNELS = 1024, 1024
+_MB = 1e6
+
+
+def _records(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Random bits of bfloat16, (count, *shape): what a page holds must not matter, but zeros might be special."""
+    return np.random.default_rng(0).integers(-(2**14), 2**14, (count, *shape), dtype=np.int16)
+
+
+def _keys(count: int, seed: int = 0) -> list[FeatureKey]:
+    data = np.random.default_rng(seed).bytes(16 * count)
+    return [FeatureKey(data[16 * i : 16 * i + 16]) for i in range(count)]
+
+
+def _filled(context: Context, records: np.ndarray, verify: str) -> tuple[Namespace, list[FeatureKey]]:
+    store = FeatureStore(context.folder / "store", verify=verify)
+    context.cleanup.callback(store.close)
+    namespace = store.open({"bench": "cache"})
+    keys = _keys(len(records))
+    for key, record in zip(keys, records, strict=True):
+        namespace.put(key, {"tokens": Tensor(data=record, dtype="bfloat16")})
+    namespace.flush()
+    namespace.compact()
+    return namespace, keys
+
+
+def _torch_buffer(shape: Sequence[int]) -> tuple[Any, dict[str, np.ndarray]]:
+    """A reused torch buffer, and the same memory as the store fills it."""
+    import torch
+
+    torch.set_num_threads(1)
+    buffer = torch.empty(tuple(shape), dtype=torch.bfloat16)
+    return buffer, {"tokens": buffer.view(torch.int16).numpy()}
+
+
+def prepare_write(context: Context) -> Measured:
+    """2 MiB records through put and flush, against the same bytes to one file with fsync."""
+    records = _records(context.size(16, 2), (TOKENS, CHANNELS))
+    repeats = context.size(16, 1)
+    store = FeatureStore(context.folder / "store")
+    context.cleanup.callback(store.close)
+    namespace = store.open({"bench": "write"})
+    count = 0
+
+    def write() -> float:
+        nonlocal count
+        count += 1
+        for key, i in zip(_keys(repeats * len(records), seed=count), range(repeats * len(records)), strict=True):
+            namespace.put(key, {"tokens": Tensor(data=records[i % len(records)], dtype="bfloat16")})
+        if len(namespace.flush()) != repeats * len(records):
+            raise RuntimeError("not everything was committed")
+        return repeats * records.nbytes / _MB
+
+    def plain() -> float:
+        return baselines.write_plain(context.folder / "plain", [*records] * repeats) / _MB
+
+    return Measured(value=rate(write), baseline=rate(plain))
+
+
+def prepare_sequential(context: Context, verify: str) -> Measured:
+    """All records in the order of the disk into one reused torch buffer, against memcpy of one core."""
+    records = _records(context.size(256, 4), (TOKENS, CHANNELS))
+    namespace, keys = _filled(context, records, verify)
+    _, into = _torch_buffer((TOKENS, CHANNELS))
+    target = np.empty((TOKENS, CHANNELS), np.int16)
+
+    def read() -> float:
+        for key in keys:
+            if namespace.get(key, into) is None:
+                raise RuntimeError("a record is missing")
+        return records.nbytes / _MB
+
+    return Measured(value=rate(read), baseline=rate(lambda: baselines.memcpy(records, target) / _MB))
+
+
+def prepare_get_2mib(context: Context) -> Measured:
+    """Random gets by key (every byte verified, the default), against safetensors by name from a mapped shard."""
+    records = _records(context.size(128, 4), (TOKENS, CHANNELS))
+    namespace, keys = _filled(context, records, "always")
+    unverified = FeatureStore(context.folder / "store", verify="off").open({"bench": "cache"})
+    order = np.random.default_rng(1).permutation(len(keys))
+    buffer, into = _torch_buffer((TOKENS, CHANNELS))
+    shard, names = _safetensors(context, records, order)
+
+    def get(source: Namespace) -> float:
+        for i in order:
+            if source.get(keys[i], into) is None:
+                raise RuntimeError("a record is missing")
+        return len(order)
+
+    def extra() -> dict[str, Any]:
+        plain = rate(lambda: get(unverified))
+        return {"records_per_s_unverified": round(sorted(plain() for _ in range(5))[2], 1)}
+
+    return Measured(
+        value=rate(lambda: get(namespace)),
+        baseline=rate(lambda: baselines.get_safetensors(shard, names, buffer)),
+        extra=extra,
+    )
+
+
+def prepare_get_12kb(context: Context) -> Measured:
+    """CPU time of a get of 12 KB, verified, against safetensors by name."""
+    shape = (8, 768)
+    records = _records(context.size(20_000, 50), shape)
+    namespace, keys = _filled(context, records, "always")
+    order = np.random.default_rng(1).permutation(len(keys))
+    buffer, into = _torch_buffer(shape)
+    shard, names = _safetensors(context, records, order)
+    shuffled = [keys[i] for i in order]
+
+    def get() -> int:
+        for key in shuffled:
+            if namespace.get(key, into) is None:
+                raise RuntimeError("a record is missing")
+        return len(shuffled)
+
+    return Measured(value=cpu_us(get), baseline=cpu_us(lambda: baselines.get_safetensors(shard, names, buffer)))
+
+
+def prepare_lookup(context: Context, count: int) -> Measured:
+    """Median time of one look-up in a mapped generation of ``count`` keys, against sqlite with 1e6 keys."""
+    count = context.size(count, 2000)
+    path = context.folder / "index.gen"
+    keys = np.frombuffer(np.random.default_rng(0).bytes(16 * count), np.uint8).reshape(count, 16)
+    _write_index(path, keys)
+    segment = read_generation(path)
+    asked = keys[np.random.default_rng(1).integers(0, count, context.size(20_000, 200))]
+    singles = [key.tobytes() for key in asked]
+    connection = baselines.make_sqlite(context.folder / "sqlite", keys[: context.size(1_000_000, 2000)])
+    context.cleanup.callback(connection.close)
+    in_sqlite = [key.tobytes() for key in keys[np.random.default_rng(1).integers(0, min(count, 10**6), len(asked))]]
+
+    def lookup() -> float:
+        took = []
+        for key in singles:
+            start = time.perf_counter_ns()
+            at = segment.find(int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big"))
+            took.append(time.perf_counter_ns() - start)
+            if at < 0:
+                raise RuntimeError("a key is missing")
+        return float(np.median(took)) / 1000
+
+    def extra() -> dict[str, Any]:
+        from services.features.segments import split_keys
+
+        many = keys[np.random.default_rng(2).integers(0, count, context.size(1_000_000, 1000))]
+        start = time.perf_counter()
+        found = segment.find_many(*split_keys(many))
+        seconds = time.perf_counter() - start
+        if (found < 0).any():
+            raise RuntimeError("a key is missing")
+        return {"keys": count, "batched_keys_per_s": round(len(many) / seconds), "bytes_per_key": 24}
+
+    return Measured(value=lookup, baseline=lambda: baselines.lookup_sqlite(connection, in_sqlite), extra=extra)
+
+
+def _write_index(path: Any, keys: np.ndarray) -> None:
+    """A generation file as a compaction writes it."""
+    from services.features.segments import split_keys
+
+    high, low = split_keys(keys)
+    order = np.argsort(high)
+    rows = np.arange(len(keys), dtype=np.uint32)[order]
+    per_shard = 20_000
+    shards = [f"{i:032x}" for i in range(len(keys) // per_shard + 1)]
+    segment = Segment(high[order], low[order], rows // per_shard, rows % per_shard, shards)
+    write_generation(path, segment, path.with_suffix(".tmp"))
+
+
+def _safetensors(context: Context, records: np.ndarray, order: np.ndarray) -> tuple[Any, list[str]]:
+    """A mapped shard of the same records, and the names in the order of the gets."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = context.folder / "baseline.safetensors"
+    tensors = {f"record-{i}": torch.from_numpy(record).view(torch.bfloat16) for i, record in enumerate(records)}
+    save_file(tensors, str(path))
+    return baselines.read_safetensors(path), [f"record-{i}" for i in order]
+
+
+TABLE = [
+    Bench(name="cache_write", unit="MB/s", target=Target(on="ratio", op=">=", limit=0.5), prepare=prepare_write),
+    Bench(
+        name="cache_read_seq",
+        unit="MB/s",
+        target=Target(on="ratio", op=">=", limit=0.6),
+        prepare=lambda context: prepare_sequential(context, "off"),
+    ),
+    Bench(
+        name="cache_read_seq_verified",
+        unit="MB/s",
+        target=Target(on="ratio", op=">=", limit=0.45),
+        prepare=lambda context: prepare_sequential(context, "always"),
+    ),
+    Bench(
+        name="cache_get_2mib",
+        unit="records/s",
+        target=Target(on="ratio", op=">=", limit=0.9),
+        prepare=prepare_get_2mib,
+    ),
+    Bench(
+        name="cache_get_12kb",
+        unit="CPU us",
+        target=Target(on="value", op="<=", limit=20),
+        prepare=prepare_get_12kb,
+    ),
+    Bench(
+        name="key_lookup_1e6",
+        unit="us",
+        target=Target(on="value", op="<=", limit=10),
+        prepare=lambda context: prepare_lookup(context, 10**6),
+    ),
+    Bench(
+        name="key_lookup_1e7",
+        unit="us",
+        target=Target(on="value", op="<=", limit=10),
+        prepare=lambda context: prepare_lookup(context, 10**7),
+    ),
+]

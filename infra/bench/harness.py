@@ -1,0 +1,177 @@
+"""The form of every benchmark: a value and its baseline, measured in turns, one JSON object a line.
+
+A benchmark module has a table of :class:`Bench` and calls :func:`main`. ``prepare`` makes the data once and
+returns two functions that each give one sample; they are called in alternating order, at least five rounds, after
+one warm-up each, so that a drift of the machine meets both sides. ``ratio`` is median over median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Sample = Callable[[], float]
+ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a figure should be: of the ratio or of the value itself."""
+
+    on: str
+    op: str
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.on not in ("ratio", "value") or self.op not in (">=", "<="):
+            raise ValueError(f"target on {self.on!r} with {self.op!r}; allowed: ratio|value, >=|<=")
+
+    def met(self, value: float, ratio: float | None) -> bool:
+        """Whether the figure reaches the target; a ratio that does not exist does not."""
+        figure = value if self.on == "value" else ratio
+        if figure is None:
+            return False
+        return figure >= self.limit if self.op == ">=" else figure <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What ``prepare`` returns: two functions that give a sample, and what else is worth printing."""
+
+    value: Sample
+    baseline: Sample
+    extra: Callable[[], dict[str, Any]] = dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What ``prepare`` gets."""
+
+    folder: Path
+    """An empty folder of this benchmark alone; removed afterwards."""
+    quick: bool
+    """Tiny sizes: does it run at all?"""
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    """For what must be closed when the benchmark is over."""
+
+    def size(self, full: int, quick: int) -> int:
+        """``full``, or ``quick`` with --quick."""
+        return quick if self.quick else full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One row of a table of benchmarks."""
+
+    name: str
+    unit: str
+    target: Target
+    prepare: Callable[[Context], Measured]
+    rounds: int = ROUNDS
+
+
+def measure(bench: Bench, folder: Path, *, quick: bool, rounds: int = 0) -> dict[str, Any]:
+    """Run one benchmark; the JSON object of its line."""
+    started = time.perf_counter()
+    with ExitStack() as cleanup:
+        measured = bench.prepare(Context(folder=folder, quick=quick, cleanup=cleanup))
+        samples: dict[str, list[float]] = {"value": [], "baseline": []}
+        sides = [("value", measured.value), ("baseline", measured.baseline)]
+        for _, side in sides:
+            side()
+        for number in range(max(rounds or (2 if quick else bench.rounds), 1)):
+            for name, side in sides if number % 2 == 0 else reversed(sides):
+                samples[name].append(side())
+        extra = measured.extra()
+    value, baseline = (statistics.median(samples[name]) for name in ("value", "baseline"))
+    ratio = value / baseline if baseline else None
+    return {
+        "name": bench.name,
+        "value": _short(value),
+        "unit": bench.unit,
+        "baseline": _short(baseline),
+        "ratio": None if ratio is None else _short(ratio),
+        "target": {"on": bench.target.on, "op": bench.target.op, "limit": bench.target.limit},
+        "met": bench.target.met(value, ratio),
+        "samples": {name: [_short(sample) for sample in both] for name, both in samples.items()},
+        "extra": {
+            **extra,
+            "load": round(os.getloadavg()[0], 2),
+            "seconds": round(time.perf_counter() - started, 1),
+            "quick": quick,
+        },
+    }
+
+
+def main(table: Sequence[Bench], argv: Sequence[str] | None = None) -> int:
+    """Command line of a benchmark module: runs its table, or what --only names; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Prints one JSON object a line.")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this one; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test, no figures")
+    parser.add_argument("--rounds", type=int, default=0, help=f"rounds of each benchmark (default {ROUNDS})")
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument("--folder", type=Path, help="where to keep data while measuring (default: a temporary folder)")
+    arguments = parser.parse_args(argv)
+    names = [bench.name for bench in table]
+    if unknown := [name for name in arguments.only if name not in names]:
+        parser.error(f"--only {unknown[0]}: no such benchmark; there are: {', '.join(names)}")
+    for bench in table:
+        if arguments.only and bench.name not in arguments.only:
+            continue
+        with _scratch(arguments.folder) as folder:
+            line = json.dumps(measure(bench, folder, quick=arguments.quick, rounds=arguments.rounds))
+        print(line)
+        sys.stdout.flush()
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
+    return 0
+
+
+def rate(work: Callable[[], float]) -> Sample:
+    """A sample in units a second: ``work`` does something and returns how many units it did."""
+
+    def sample() -> float:
+        start = time.perf_counter()
+        units = work()
+        return units / (time.perf_counter() - start)
+
+    return sample
+
+
+def cpu_us(work: Callable[[], int]) -> Sample:
+    """A sample in microseconds of this process's CPU time for each of the things that ``work`` says it did."""
+
+    def sample() -> float:
+        start = time.process_time()
+        count = work()
+        return (time.process_time() - start) / count * 1e6
+
+    return sample
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.5g}")
