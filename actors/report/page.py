@@ -70,6 +70,8 @@ def _curve_figures(run: RunData) -> list[tuple[str, str]]:
         result.append(("Training losses", figures.curves(shown, y_label="loss", log=positive)))
     groups: dict[str, dict[str, Mapping[int, float]]] = {}
     for name, values in val.items():
+        if name.startswith("loss/"):
+            continue  # the terms stand beside the training losses already; here they would drown the metrics
         group = name.rsplit("/", 1)[-1]
         groups.setdefault(group, {})[name] = values
     for group, series in groups.items():
