@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.cli import main
+from models import _torchvision  # noqa: F401  transformers imports torchvision
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -54,8 +55,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small DINOv2 with random weights, in transformers' layout."""
     import torch
-
-    from models import _torchvision  # noqa: F401, I001  before transformers, which imports torchvision
     from transformers import Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("weights")
