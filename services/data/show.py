@@ -122,14 +122,19 @@ def draw_above(scene: Scene, path: Path) -> None:
     axes = figure.subplots()
     boxed = [(instance, Box.of(instance.box, alignment)) for instance in scene.instances if instance.box is not None]
     # Large ones first, so that a lamp is drawn on its table.
+    written: list[np.ndarray] = []
     for instance, box in sorted(boxed, key=lambda pair: -pair[1].volume):
-        _draw_box(axes, instance, box)
+        place = box.center[:2].copy()
+        while any(abs(place[1] - other[1]) < 0.12 and abs(place[0] - other[0]) < 0.5 for other in written):
+            place[1] -= 0.13
+        written.append(place)
+        _draw_box(axes, instance, box, place)
     cameras = np.array([alignment @ np.asarray(scene.views[i].pose) for i in posed_views(scene)])
-    place, ahead = cameras[:, :2, 3], cameras[:, :2, 2]
-    axes.plot(*place.T, "-", color="#1d2430", lw=1, alpha=0.6)
-    axes.quiver(*place.T, *ahead.T, color="#1d2430", angles="xy", scale_units="xy", scale=2.5, width=0.004)
+    standing, ahead = cameras[:, :2, 3], cameras[:, :2, 2]
+    axes.plot(*standing.T, "-", color="#1d2430", lw=1, alpha=0.6)
+    axes.quiver(*standing.T, *ahead.T, color="#1d2430", angles="xy", scale_units="xy", scale=2.5, width=0.004)
     steps = axes.scatter(
-        place[:, 0], place[:, 1], c=posed_views(scene), cmap="viridis", zorder=3, s=28, edgecolors="white", lw=0.6
+        standing[:, 0], standing[:, 1], c=posed_views(scene), cmap="viridis", zorder=3, s=28, edgecolors="white", lw=0.6
     )
     figure.colorbar(steps, ax=axes, label="view", shrink=0.6)
     axes.set_aspect("equal", adjustable="datalim")
@@ -140,21 +145,16 @@ def draw_above(scene: Scene, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_box(axes: object, instance: Instance, box: Box) -> None:
+def _draw_box(axes: object, instance: Instance, box: Box, label_at: np.ndarray) -> None:
+    import cv2
     from matplotlib.patches import Polygon
-    from scipy.spatial import ConvexHull
 
-    corners = box.corners()[:, :2]
-    try:
-        outline = corners[ConvexHull(corners).vertices]
-    except ValueError:
-        # A box without extent on the floor has no outline.
-        return
+    outline = cv2.convexHull(box.corners()[:, :2].astype(np.float32))[:, 0]
     colour = colour_of(instance.id)
     axes.add_patch(Polygon(outline, facecolor=(*colour, 0.45), edgecolor=colour, lw=1.2))  # type: ignore[attr-defined]
     axes.text(  # type: ignore[attr-defined]
-        box.center[0],
-        box.center[1],
+        label_at[0],
+        label_at[1],
         instance.label,
         ha="center",
         va="center",

@@ -60,7 +60,7 @@ def write_quarantine(findings: Iterable[Finding], path: Path, source: str) -> in
     """
     found = list(findings)
     whole = {finding.scene for finding in found if finding.quarantined and finding.view is None}
-    lines = ["# Scenes and single views to leave out. Use it with data.quarantine=<this file>."]
+    lines = ["# Scenes and single views to leave out. Use with data.quarantine=<this file>."]
     written: set[str] = set()
     for finding in found:
         reason = " ".join(finding.reason.split())
@@ -74,11 +74,6 @@ def write_quarantine(findings: Iterable[Finding], path: Path, source: str) -> in
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.replace(path)
     return len(written)
-
-
-def read_quarantine(path: Path) -> frozenset[str]:
-    """Ids of a quarantine list. Lines that start with ``#`` are comments, and so is what follows a space and ``#``."""
-    return frozenset(read_ids(path))
 
 
 def read_ids(path: Path) -> Sequence[str]:

@@ -136,7 +136,8 @@ def appearances(facts: Facts) -> tuple[list[str], np.ndarray, np.ndarray]:
     labels = sorted(facts.counts)
     share = np.array([np.max([t.share for t in facts.things if t.label == label], axis=0) for label in labels])
     share = share.reshape(len(labels), len(facts.views))
-    return labels, share >= facts.min_visible, share >= HINT_SHARE * facts.min_visible
+    clear, hint = (np.asarray(share >= level * facts.min_visible) for level in (1.0, HINT_SHARE))
+    return labels, clear, hint
 
 
 def is_certain_order(rows: Sequence[int], clear: np.ndarray, hint: np.ndarray) -> bool:
@@ -149,22 +150,18 @@ def is_certain_order(rows: Sequence[int], clear: np.ndarray, hint: np.ndarray) -
 def obj_appearance_order(facts: Facts, seed: int, limit: int) -> list[Draft]:
     """In which order four labels appear for the first time; labels may have several objects, the first one counts.
 
-    Asked about all views, and about some of them in their order: where the first view shows the whole room, fewer
+    Asked about all views, and about some of them in their order: where the first view shows half of the room, fewer
     views make a question possible. The wrong orders are drawn evenly from all 23, so that the right one is not the
     one most like the others.
     """
     rng = generator(seed, facts.id, "obj_appearance_order")
     labels, clear, hint = appearances(facts)
-    count = len(facts.views)
     drafts: list[Draft] = []
-    for trial in range(TRIALS if min(count, len(labels)) >= 4 else 0):
-        size = count if trial < TRIALS // 4 else int(rng.integers(4, min(count, LONGEST) + 1))
-        columns = np.sort(rng.permutation(count)[:size])
-        seen, noticed = clear[:, columns], hint[:, columns]
-        candidates = np.flatnonzero(seen.any(1))
-        rows = sorted(rng.permutation(candidates)[:4].tolist(), key=lambda row: int(seen[row].argmax()))
-        if len(rows) < 4 or not is_certain_order(rows, seen, noticed):
+    for trial in range(TRIALS if min(clear.shape) >= 4 else 0):
+        found = _from_all_views(clear, hint, rng) if trial < TRIALS // 4 else _from_some_views(clear, hint, rng)
+        if found is None:
             continue
+        rows, columns = found
         right = tuple(labels[row] for row in rows)
         if any(set(right) == set(other.answer.split(", ")) for other in drafts):
             continue
@@ -177,6 +174,44 @@ def obj_appearance_order(facts: Facts, seed: int, limit: int) -> list[Draft]:
         if len(drafts) == limit:
             break
     return drafts
+
+
+_Sequence = tuple[list[int], list[int]]
+"""Four rows (labels) in their order of appearance, and the columns (views) that are shown."""
+
+
+def _from_all_views(clear: np.ndarray, hint: np.ndarray, rng: np.random.Generator) -> _Sequence | None:
+    rows = rng.permutation(np.flatnonzero(clear.any(1)))[:4].tolist()
+    rows.sort(key=lambda row: int(clear[row].argmax()))
+    if len(rows) < 4 or not is_certain_order(rows, clear, hint):
+        return None
+    return rows, list(range(clear.shape[1]))
+
+
+def _from_some_views(clear: np.ndarray, hint: np.ndarray, rng: np.random.Generator) -> _Sequence | None:
+    """Go forward through the views and take in each a label that the views taken so far do not hint at.
+
+    Then put in further views as long as the order remains certain, so that not every view brings a new label.
+    """
+    count = clear.shape[1]
+    rows: list[int] = []
+    columns: list[int] = []
+    for _ in range(4):
+        noticed = np.asarray(hint[:, columns].any(1))
+        start = columns[-1] + 1 if columns else 0
+        new = clear[:, start:] & ~noticed[:, None]
+        possible = np.flatnonzero(new.any(0))
+        if len(possible) == 0:
+            return None
+        # Early views are taken more often: they leave more for the labels to come.
+        column = int(possible[int(len(possible) * rng.random() ** 2)])
+        rows.append(int(rng.choice(np.flatnonzero(new[:, column]))))
+        columns.append(start + column)
+    for extra in rng.permutation(np.setdiff1d(np.arange(count), columns))[: LONGEST - 4].tolist():
+        longer = sorted([*columns, extra])
+        if is_certain_order(rows, clear[:, longer], hint[:, longer]):
+            columns = longer
+    return rows, columns
 
 
 def _draft(facts: Facts, kind: str, text: str, answer: str, wrong: tuple[str, ...]) -> Draft:

@@ -15,13 +15,14 @@ from PIL import Image
 
 from configs.schema import ChecksConfig
 from services.contracts import ImageRef, Item, Scene
-from services.data.checks import CheckReport, EvaluationSet, Fault, check_source, read_quarantine
+from services.data.checks import CheckReport, EvaluationSet, Fault, check_source
 from services.data.checks.findings import Finding, write_quarantine
 from services.data.checks.geometry import best_overlap, small_depth, wrong_scales
 from services.data.checks.repeats import normalised
 from services.data.digests import content_digest
 from services.data.manifest import Entry
 from services.errors import DataError
+from services.streams.ledger import read_quarantine
 from tests.unit.services.data import toy_scene
 
 CONFIG = ChecksConfig(threads=2)
