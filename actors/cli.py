@@ -51,6 +51,7 @@ class Verb:
     """Takes overrides (``key=value``) and ``--config``."""
 
 
+_ENCODER = _option("--encoder", metavar="NAME", default="", help="key under `encoders` (default: the recipe's)")
 _JSON = _option("--json", action="store_true", help="print JSON instead of tables")
 
 VERBS: Mapping[str, Verb] = {
@@ -88,6 +89,46 @@ VERBS: Mapping[str, Verb] = {
         commands.data_questions,
         "write questions with exact answers, referring expressions and captions",
         (_option("--out", metavar="FOLDER", help="folder of the files (default: <storage.root>/questions)"),),
+    ),
+    "data show": Verb(
+        commands.data_show,
+        "draw a scene: cameras from above, pictures, depth, masks, points",
+        (
+            _option("scene", help="a scene, as SCENE or SOURCE/SCENE"),
+            _option("--out", metavar="FOLDER", help="folder of the page (default: <storage.root>/show/SCENE)"),
+        ),
+    ),
+    "features warm": Verb(
+        commands.features_warm,
+        "encode what is not stored yet",
+        (
+            _ENCODER,
+            _option("--source", metavar="NAME", default="", help="only this source"),
+            _option("--split", action="append", default=[], choices=["train", "val", "test"], help="only this split"),
+        ),
+    ),
+    "features stats": Verb(commands.features_stats, "say what the cache holds"),
+    "features verify": Verb(
+        commands.features_verify,
+        "encode a sample of what is stored again, and compare",
+        (
+            _ENCODER,
+            _option("--sample", metavar="N", type=int, default=16, help="inputs to encode again (16)"),
+            _option("--tolerance", metavar="X", type=float, default=1e-3, help="largest 1 - cosine (0.001)"),
+        ),
+    ),
+    "features why": Verb(
+        commands.features_why,
+        "say why a sample's features are stored or not",
+        (_option("sample", help="a sample, as SOURCE/SCENE or with its view"), _ENCODER),
+    ),
+    "features gc": Verb(
+        commands.features_gc,
+        "remove features",
+        (
+            _option("--keep", metavar="NAME", action="append", default=[], help="encoder or fingerprint to keep"),
+            _option("--budget", metavar="BYTES", type=int, help="remove the oldest until this many bytes are left"),
+        ),
     ),
     "report": Verb(
         commands.report,

@@ -173,6 +173,97 @@ def data_questions(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_show(args: argparse.Namespace) -> int:
+    """Draw one scene: cameras from above, pictures, depth, masks, points."""
+    config = configure(args)
+    from services.data.show import run_show
+
+    name = args.scene.replace("/", "-")
+    out = Path(args.out).expanduser() if args.out else local_root(config, "pictures") / "show" / name
+    print(run_show(config, args.scene, out))
+    return 0
+
+
+@contextmanager
+def open_cache(config: RunConfig) -> Iterator[Any]:
+    """The feature store of the configuration. ConfigError when it says that nothing is stored."""
+    from contextlib import closing
+
+    from services.features.sink import open_store
+
+    store = open_store(config)
+    if store is None:
+        raise ConfigError("cache.mode=never stores nothing; choose cache=local, or another option of the group cache")
+    with closing(store):
+        yield store
+
+
+def features_warm(args: argparse.Namespace) -> int:
+    """Encode what is not stored yet; status 1 when inputs could not be encoded."""
+    config = configure(args)
+    from services.data.sources import open_sources
+    from services.features.maintain import warm
+
+    manifests = open_sources(config)
+    if args.source and args.source not in manifests:
+        raise ConfigError(f"--source {args.source}: no such source; there are {', '.join(manifests)}")
+    broken = 0
+    with open_cache(config) as store:
+        for name in [args.source] if args.source else list(manifests):
+            with progress(f"encode {name}") as show:
+                found = warm(
+                    config, store, name, manifests[name], encoder=args.encoder, splits=args.split, progress=show
+                )
+            print(found)
+            broken += len(found.broken)
+    return 1 if broken else 0
+
+
+def features_stats(args: argparse.Namespace) -> int:
+    """Print what the cache holds."""
+    config = configure(args)
+    from services.features.maintain import stats
+
+    with open_cache(config) as store:
+        print(stats(config, store))
+    return 0
+
+
+def features_verify(args: argparse.Namespace) -> int:
+    """Encode a sample again and compare; status 1 when it drifted or nothing could be checked."""
+    config = configure(args)
+    from services.features.maintain import verify
+
+    with open_cache(config) as store:
+        found = verify(config, store, encoder=args.encoder, sample=args.sample, tolerance=args.tolerance)
+    print(found)
+    return 0 if found.ok else 1
+
+
+def features_why(args: argparse.Namespace) -> int:
+    """Say which part of the key or fingerprint of a sample differs from what is stored; status 1 when it is absent."""
+    config = configure(args)
+    from services.data.sources import open_sources
+    from services.features.why import why
+
+    with open_cache(config) as store:
+        found = why(config, store, open_sources(config), args.sample, encoder=args.encoder)
+    print(found)
+    return 0 if found.stored else 1
+
+
+def features_gc(args: argparse.Namespace) -> int:
+    """Remove features that are not kept, oldest first."""
+    config = configure(args)
+    from services.features.maintain import gc
+
+    if not args.keep and args.budget is None:
+        raise ConfigError("features gc removes nothing by itself: give --keep NAME, --budget BYTES, or both")
+    with open_cache(config) as store:
+        print(gc(config, store, keep=args.keep or None, budget=args.budget))
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     """Write the report of a run folder again."""
     from actors.report import write_report

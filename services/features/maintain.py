@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,7 +271,13 @@ def verify(
     Inputs are found by the journal; those whose file changed since are counted and left out.
     """
     name = encoder or config.recipe.features
-    namespace = StoreSink(config, store).namespace(name)
+    with closing(StoreSink(config, store)) as sink:  # lets go of its lease, so that a later gc may remove
+        return _verify(config, sink.namespace(name), name, sample, seed, tolerance)
+
+
+def _verify(
+    config: RunConfig, namespace: Any, name: str, sample: int, seed: int, tolerance: float
+) -> VerifyReport:  # fmt: skip
     journalled = list(journal.read(namespace.folder))
     there = namespace.contains([request.key for request in journalled]) if journalled else []
     stored = [request for request, found in zip(journalled, there, strict=True) if found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,15 +73,15 @@ def why(
     name = encoder or config.recipe.features
     planned, manifest = _find(sample, manifests)
     requests = feature_requests(planned, manifest, name, config)
-    sink = StoreSink(config, store)
-    namespace = sink.namespace(name)
-    found = namespace.contains([request.key for request in requests])
-    reasons = [
-        Reason(key=request.key.hex(), stored=True, reason="stored")
-        if there
-        else _explain(request, sink.model(name).identity(), namespace, store)
-        for request, there in zip(requests, found, strict=True)
-    ]
+    with closing(StoreSink(config, store)) as sink:
+        namespace = sink.namespace(name)
+        found = namespace.contains([request.key for request in requests])
+        reasons = [
+            Reason(key=request.key.hex(), stored=True, reason="stored")
+            if there
+            else _explain(request, sink.model(name).identity(), namespace, store)
+            for request, there in zip(requests, found, strict=True)
+        ]
     return WhyReport(sample=sample, encoder=name, fingerprint=namespace.fingerprint, reasons=tuple(reasons))
 
 

@@ -24,6 +24,12 @@ VERBS = {
     "data index": ["--config", "--debug", "overrides"],
     "data check": ["--against", "--config", "--debug", "--out", "overrides"],
     "data questions": ["--config", "--debug", "--out", "overrides"],
+    "data show": ["--config", "--debug", "--out", "overrides", "scene"],
+    "features warm": ["--config", "--debug", "--encoder", "--source", "--split", "overrides"],
+    "features stats": ["--config", "--debug", "overrides"],
+    "features verify": ["--config", "--debug", "--encoder", "--sample", "--tolerance", "overrides"],
+    "features why": ["--config", "--debug", "--encoder", "overrides", "sample"],
+    "features gc": ["--budget", "--config", "--debug", "--keep", "overrides"],
     "report": ["--debug", "run"],
     "config show": ["--config", "--debug", "overrides"],
     "config keys": ["--debug", "pattern"],
@@ -71,6 +77,8 @@ def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data", "check", "--against", "scannet"], ["--against scannet: write NAME=FILE"]),
         (["data", "make", "storage.root=s3://b/x", "cache.root=/c"], ["storage.root=s3://b/x", "--out FOLDER"]),
         (["report", "/absent"], ["/absent"]),
+        (["features", "stats", "cache=off"], ["cache.mode=never stores nothing", "cache=local"]),
+        (["features", "gc"], ["--keep NAME, --budget BYTES"]),
     ],
 )
 def test_user_errors_are_one_message_and_status_2(
@@ -173,6 +181,26 @@ def test_data_verbs_make_index_and_check_rooms(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "checks" / "rooms" / "report.html").exists()
     assert cli.main(["data", "questions", *overrides]) == 0
     assert list((tmp_path / "questions" / "rooms").glob("*.jsonl"))
+
+
+def test_features_verbs_warm_verify_explain_and_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"storage.root={tmp_path}", *ROOMS]
+    assert cli.main(["features", "warm", *overrides]) == 0
+    assert "encoded         6" in capsys.readouterr().out
+    assert cli.main(["features", "warm", "--source", "room", *overrides]) == 2
+    assert "no such source; there are rooms" in capsys.readouterr().err
+    assert cli.main(["features", "stats", *overrides]) == 0
+    assert "Dinov2Model" in capsys.readouterr().out
+    assert cli.main(["features", "verify", "--sample", "2", *overrides]) == 0
+    assert "2 inputs encoded again" in capsys.readouterr().out
+    assert cli.main(["features", "why", "rooms/room0_0000:1", *overrides]) == 0
+    assert "stored" in capsys.readouterr().out
+    assert cli.main(["features", "why", "rooms/room0_0000:1", "encoders.features.seed=7", *overrides]) == 1
+    assert "fingerprint" in capsys.readouterr().out
+    assert cli.main(["features", "gc", "--budget", "0", *overrides]) == 0
+    assert cli.main(["features", "why", "rooms/room0_0000:1", *overrides]) == 1
+    assert cli.main(["data", "show", "room0_0000", *overrides]) == 0
+    assert (tmp_path / "show" / "room0_0000" / "index.html").exists()
 
 
 def test_plan_json_can_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
