@@ -66,3 +66,32 @@ def lookup_sqlite(connection: sqlite3.Connection, keys: Sequence[bytes]) -> floa
         cursor.execute("SELECT shard, row FROM place WHERE key = ?", (key,)).fetchone()
         took.append(time.perf_counter_ns() - start)
     return float(np.median(took)) / 1000
+
+
+def load_dinov2(weights: str, arch: dict[str, Any]) -> Any:
+    """DINOv2 of transformers in float32 and eval mode, from a folder, or random with ``arch`` ("random")."""
+    import torch
+    import transformers
+
+    if weights == "random":
+        return transformers.Dinov2Model(transformers.Dinov2Config(**arch)).eval()
+    return transformers.Dinov2Model.from_pretrained(weights, dtype=torch.float32).eval()
+
+
+def encode_files(model: Any, paths: Sequence[Path], batch: int, side: int) -> int:
+    """Read, shrink, normalise and encode image files in batches, one after the other; returns how many."""
+    import torch
+    from PIL import Image
+
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for start in range(0, len(paths), batch):
+        pixels = []
+        for path in paths[start : start + batch]:
+            with Image.open(path) as image:
+                cut = (image.width - image.height) / 2
+                box = (cut, 0, image.width - cut, image.height)
+                small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=box)
+            pixels.append((torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 - mean) / std)
+        with torch.inference_mode():
+            model(torch.stack(pixels))
+    return len(paths)

@@ -8,7 +8,7 @@ from importlib import import_module
 from infra.bench.harness import Bench, main
 
 #: Each has a ``TABLE`` of benchmarks.
-GROUPS = ("features_cache",)
+GROUPS = ("features_cache", "features_service")
 
 
 def table() -> list[Bench]:

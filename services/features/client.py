@@ -139,6 +139,11 @@ class FeatureClient:
         """False where nothing is cached, or where the measured rule found that reading is slower than encoding."""
         return self._caching
 
+    @property
+    def fell_back(self) -> bool:
+        """Whether this process has encoded something itself."""
+        return bool(self._encoders)
+
     def close(self) -> None:
         """Stop looking ahead, commit what this process encoded, let go of the store."""
         with self._changed:
