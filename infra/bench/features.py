@@ -8,7 +8,7 @@ from importlib import import_module
 from infra.bench.harness import Bench, main
 
 #: Each has a ``TABLE`` of benchmarks.
-GROUPS = ("features_cache", "features_service")
+GROUPS = ("features_cache", "features_service", "features_stream")
 
 
 def table() -> list[Bench]:

@@ -26,7 +26,7 @@ Sample = Callable[[], float]
 ROUNDS = 5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Target:
     """What a figure should be: of the ratio or of the value itself."""
 
@@ -87,31 +87,40 @@ def measure(bench: Bench, folder: Path, *, quick: bool, rounds: int = 0) -> dict
     started = time.perf_counter()
     with ExitStack() as cleanup:
         measured = bench.prepare(Context(folder=folder, quick=quick, cleanup=cleanup))
-        samples: dict[str, list[float]] = {"value": [], "baseline": []}
-        sides = [("value", measured.value), ("baseline", measured.baseline)]
-        for _, side in sides:
-            side()
-        for number in range(max(rounds or (2 if quick else bench.rounds), 1)):
-            for name, side in sides if number % 2 == 0 else reversed(sides):
-                samples[name].append(side())
+        rounds = rounds or (2 if quick else bench.rounds)
+        value, baseline = interleave(measured.value, measured.baseline, rounds)
         extra = measured.extra()
-    value, baseline = (statistics.median(samples[name]) for name in ("value", "baseline"))
-    ratio = value / baseline if baseline else None
+    extra |= {"quick": quick, "seconds": round(time.perf_counter() - started, 1)}
+    return result(bench.name, bench.unit, value, baseline, bench.target, extra)
+
+
+def interleave(value: Sample, baseline: Sample, rounds: int = ROUNDS) -> tuple[list[float], list[float]]:
+    """Samples of both sides in turns, after one warm-up each; who begins alternates."""
+    value()
+    baseline()
+    samples: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            samples[side].append((value, baseline)[side]())
+    return samples
+
+
+def result(
+    name: str, unit: str, value: Sequence[float], baseline: Sequence[float], target: Target, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON object of one benchmark from its samples."""
+    middle, other = statistics.median(value), statistics.median(baseline)
+    ratio = middle / other if other else None
     return {
-        "name": bench.name,
-        "value": _short(value),
-        "unit": bench.unit,
-        "baseline": _short(baseline),
+        "name": name,
+        "value": _short(middle),
+        "unit": unit,
+        "baseline": _short(other),
         "ratio": None if ratio is None else _short(ratio),
-        "target": {"on": bench.target.on, "op": bench.target.op, "limit": bench.target.limit},
-        "met": bench.target.met(value, ratio),
-        "samples": {name: [_short(sample) for sample in both] for name, both in samples.items()},
-        "extra": {
-            **extra,
-            "load": round(os.getloadavg()[0], 2),
-            "seconds": round(time.perf_counter() - started, 1),
-            "quick": quick,
-        },
+        "target": {"on": target.on, "op": target.op, "limit": target.limit},
+        "met": target.met(middle, ratio),
+        "samples": {"value": [_short(item) for item in value], "baseline": [_short(item) for item in baseline]},
+        "extra": {**extra, "load": round(os.getloadavg()[0], 2)},
     }
 
 

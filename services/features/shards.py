@@ -29,7 +29,7 @@ from services.features.layout import Layout
 Buffer = mmap.mmap | bytes | memoryview
 VERIFY = ("always", "first_touch", "off")
 #: Bytes copied, then hashed while they are still in the cache of the core.
-_CHUNK = 256 * 1024
+_CHUNK = 512 * 1024
 
 
 class BadRecordError(CacheError):
