@@ -69,7 +69,7 @@ def _overlap(report: CheckReport) -> str:
 def histogram(counts: np.ndarray) -> str:
     """Bars of equal width over 0 to 100 %, as SVG."""
     width, height, left, bottom = 640, 180, 46, 24
-    step = (width - left - 10) / len(counts)
+    step = (width - left - 24) / len(counts)
     tallest = max(int(counts.max()), 1)
     bars = []
     for i, count in enumerate(counts):
@@ -79,14 +79,14 @@ def histogram(counts: np.ndarray) -> str:
             f'height="{bar:.1f}" fill="#3b6fb5"><title>{count} views</title></rect>'
         )
     ticks = "".join(
-        f'<text x="{left + share * (width - left - 10):.0f}" y="{height - 6}" text-anchor="middle">{100 * share:.0f} %'
+        f'<text x="{left + share * (width - left - 24):.0f}" y="{height - 6}" text-anchor="middle">{100 * share:.0f} %'
         "</text>"
         for share in (0, 0.25, 0.5, 0.75, 1)
     )
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="12" fill="#5b6572" role="img" '
         f'aria-label="histogram of view overlap">{"".join(bars)}{ticks}'
-        f'<line x1="{left}" x2="{width - 10}" y1="{height - bottom}" y2="{height - bottom}" stroke="#8a93a0"/>'
+        f'<line x1="{left}" x2="{width - 24}" y1="{height - bottom}" y2="{height - bottom}" stroke="#8a93a0"/>'
         f'<text x="{left - 6}" y="16" text-anchor="end">{tallest}</text></svg>'
     )
 
