@@ -1,0 +1,55 @@
+"""The same role inside Ray Train workers: bit for bit what one process gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors import driver
+from services.errors import NonFiniteError
+from tests.support.probe_runs import losses, small_run
+
+pytestmark = pytest.mark.ray
+
+
+def ray_run(folder: Path, *overrides: str) -> driver.RunResult:
+    return driver.train(small_run(folder, "cluster=local", "backend=ddp", "cluster.max_failures=0", *overrides))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def inline(folder: Path) -> driver.RunResult:
+    return driver.train(small_run(folder, "name=inline"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_worker_is_bit_identical_to_inline(folder: Path, inline: driver.RunResult) -> None:
+    split = ray_run(folder, "name=one")
+    assert losses(split.folder) == losses(inline.folder)
+    assert split.metrics == inline.metrics
+    assert {path.stem for path in (split.folder / "events").glob("*.jsonl")} >= {"driver", "trainer-0"}
+    assert split.report.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_agree_with_inline(folder: Path, inline: driver.RunResult) -> None:
+    split = ray_run(folder, "name=two", "cluster.roles.trainer.workers=[2]")
+    ours, theirs = losses(split.folder), losses(inline.folder)
+    assert ours.keys() == theirs.keys()
+    for step, terms in theirs.items():
+        assert ours[step] == pytest.approx(terms, rel=1e-5), step
+    for name, row in inline.metrics.items():
+        assert split.metrics[name]["value"] == pytest.approx(row["value"], rel=1e-3, abs=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_user_error_of_a_worker_arrives_as_itself(folder: Path) -> None:
+    with pytest.raises(NonFiniteError, match="max_skipped_steps allows 0"):
+        ray_run(folder, "name=diverged", "trainer.lr=1e30", "trainer.clip_norm=0", "trainer.max_skipped_steps=0")
