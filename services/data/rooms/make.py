@@ -161,13 +161,19 @@ def _made(config: RoomsConfig, folder: Path, missing: list[RoomPlan], workers: i
             yield _make_one(config, folder, plan)
         return
     context = multiprocessing.get_context("spawn")
+    waiting = {plan.id: plan for plan in missing}
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
         futures = [pool.submit(_make_one, config, folder, plan) for plan in missing]
         try:
             for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise DataError(f"a process that makes rooms below {folder} was killed; start again to go on") from error
+                made = future.result()
+                del waiting[made]
+                yield made
+        except BrokenProcessPool:
+            # A worker was killed, or could not start (a script without a main guard): the rest is made here.
+            pass
         finally:
             for future in futures:
                 future.cancel()
+    for plan in waiting.values():
+        yield _make_one(config, folder, plan)

@@ -24,7 +24,7 @@ BODY = (0.38, 0.32, 0.26)
 WALL_DISTANCE = 0.45
 ENOUGH = 1.1
 """Square metres of connected floor that a walk needs."""
-STRIDE = 0.42
+STRIDE = 0.45
 """Largest distance in metres between two views."""
 
 
@@ -172,8 +172,10 @@ def _gaze(renderer: Renderer, eyes: np.ndarray, fov: float, spacing: float, rng:
         ids, distance = _panorama(renderer, eye)
         columns = (ids[..., None] == np.arange(count)).sum(axis=1)  # (bins, instances)
         shares[k] = np.minimum(columns[window].sum(axis=1) / 14.0, 1.0)
+        near = distance[window].reshape(_BINS, -1)
         ahead = distance[window][:, :, np.deg2rad(-20.0) < _ELEVATIONS].reshape(_BINS, -1)
-        scenery[k] = 0.6 * np.minimum(ahead, 3.5).mean(axis=1) - 10.0 * (ahead < 0.8).mean(axis=1)
+        scenery[k] = np.minimum(ahead, 4.0).mean(axis=1) - 8.0 * (ahead < 1.0).mean(axis=1)
+        scenery[k] -= 3.0 * (near < 1.1).mean(axis=1)
     shares *= np.array([0.0] + [_INTEREST.get(i.label, 1.0) for i in renderer.room.instances])
     weight, best, best_score = np.ones(count), np.zeros(len(eyes), int), -np.inf
     for _ in range(4):

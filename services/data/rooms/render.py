@@ -97,18 +97,18 @@ class Renderer:
         A ray that leaves through the seam between two walls (float32) takes the nearest plane's triangle that
         a slightly turned ray hits.
         """
-        origins = np.ascontiguousarray(origins, np.float32)
-        face = self._scene.run(origins, np.ascontiguousarray(directions, np.float32))
+        starts = np.ascontiguousarray(origins, np.float32)
+        face = self._scene.run(starts, np.ascontiguousarray(directions, np.float32))
         for nudge in (1e-4, -1e-4, 1e-3):
             lost = np.flatnonzero(face < 0)
             if not len(lost):
                 break
             turned = directions[lost] + nudge * np.array([1.0, -0.7, 0.4])
-            face[lost] = self._scene.run(origins[lost], np.ascontiguousarray(turned, np.float32))
+            face[lost] = self._scene.run(starts[lost], np.ascontiguousarray(turned, np.float32))
         if (face < 0).any():
             raise ValueError(f"{self.room.plan.id}: a ray left the room; its origin must be inside")
         plane = self._plane[face]
-        above = np.einsum("ij,ij->i", plane, self._origin[face] - origins.astype(np.float64))
+        above = np.einsum("ij,ij->i", plane, self._origin[face] - origins)
         return face, above / np.einsum("ij,ij->i", plane, directions)
 
     def depth_and_ids(self, pose: np.ndarray, K: Intrinsics) -> tuple[np.ndarray, np.ndarray]:
@@ -120,12 +120,9 @@ class Renderer:
     def _trace_pixels(
         self, pose: np.ndarray, K: Intrinsics, u: np.ndarray, v: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        # The directions have z = 1 in camera axes, so their multiple is the depth.
         directions = self._directions(pose, K, u, v)
-        face = self.first_hit(np.broadcast_to(pose[:3, 3], directions.shape), directions)[0]
-        # Again with the origin in float64: the direction's z in camera axes is 1, so its multiple is the depth.
-        plane = self._plane[face]
-        above = np.einsum("ij,ij->i", plane, self._origin[face] - pose[:3, 3])
-        return face, above / np.einsum("ij,ij->i", plane, directions)
+        return self.first_hit(np.broadcast_to(pose[:3, 3], directions.shape), directions)
 
     @staticmethod
     def _directions(pose: np.ndarray, K: Intrinsics, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -189,9 +189,9 @@ def _lights(room: Furnishing, to_world: np.ndarray) -> list[Light]:
             center = turn @ placed.point(glow) + to_world[:3, 3]
             tint = (warm[0] * power, warm[1] * power, warm[2] * power)
             lights.append(Light(center, turn @ [radius, 0, 0], turn @ [0, radius, 0], None, tint))
-    # The strongest light the room; the others glow but do not cast, which nobody misses and saves rays.
+    # The strongest ones cast shadows; further lamps only glow, which nobody misses and which saves rays.
     lights.sort(key=lambda light: -sum(light.power))
-    return lights[:4]
+    return lights[:3]
 
 
 def _assemble(plan: RoomPlan, room: Furnishing) -> Room:

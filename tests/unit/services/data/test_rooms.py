@@ -153,7 +153,7 @@ def test_what_is_done_is_kept_and_what_is_not_is_made(folder, tmp_path):
 
 
 def _make_in_child(folder: str) -> None:
-    make_rooms(dataclasses.replace(CONFIG, views=40), Path(folder))
+    make_rooms(dataclasses.replace(CONFIG, views=12), Path(folder))
 
 
 def test_a_killed_run_leaves_no_half_room_and_can_go_on(tmp_path):
@@ -169,10 +169,10 @@ def test_a_killed_run_leaves_no_half_room_and_can_go_on(tmp_path):
     assert left, "the child was to be killed in the middle of a room"
     assert all((scan / "done").is_file() for scan in target.glob("scans/*"))
     assert not (target / "splits").exists()
-    config = dataclasses.replace(CONFIG, views=40)
+    config = dataclasses.replace(CONFIG, views=12)
     make_rooms(config, target)
     assert list(target.glob(".making/*")) == []
-    assert [len(list((scan / "color").iterdir())) for scan in scans(target)] == [40, 40, 40]
+    assert [len(list((scan / "color").iterdir())) for scan in scans(target)] == [12, 12, 12]
 
 
 def test_the_second_of_two_makers_of_one_room_keeps_the_first(folder, tmp_path):
