@@ -44,8 +44,8 @@ class RunData:
     scores: tuple[Score, ...] = ()
     evaluated_on: str = ""
     examples: dict[str, np.ndarray] = field(default_factory=dict)
-    blind: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per question type: best image-blind score, its strategy, number of questions."""
+    blind: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of ``blind.jsonl``: the best score without images, by source, split and type of question."""
     summary: dict[str, Any] = field(default_factory=dict)
     quarantined: list[dict[str, Any]] = field(default_factory=list)
 
@@ -68,10 +68,17 @@ def collect(folder: Path) -> RunData:
         scores=tuple(_scores(evaluation)),
         evaluated_on=f"{evaluation.get('samples', 0)} samples of the {evaluation['split']} split" if evaluation else "",
         examples=examples,
-        blind=_json(folder / "questions.json").get("blind", {}),
+        blind=_blind(folder.resolve().parents[1] / "questions"),
         summary=_json(folder / "summary.json"),
         quarantined=_lines(folder / "quarantine.jsonl"),
     )
+
+
+def _blind(questions: Path) -> list[dict[str, Any]]:
+    """What ``loom3d data questions`` last wrote beside the runs, with the name of the source."""
+    return [
+        {"source": path.parent.name, **row} for path in sorted(questions.glob("*/blind.jsonl")) for row in _lines(path)
+    ]
 
 
 def _scores(evaluation: dict[str, Any]) -> list[Score]:

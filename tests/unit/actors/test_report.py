@@ -36,9 +36,10 @@ def make_run(folder: Path) -> Path:
         "seg/miou": {"value": 0.1, "baseline": 0.2, "baseline_name": "majority class", "better": "higher"},
     }
     (folder / "evaluation.json").write_text(json.dumps({"split": "test", "samples": 12, "metrics": metrics}))
-    (folder / "questions.json").write_text(
-        json.dumps({"blind": {"object_counting": {"score": 0.31, "count": 9, "strategy": "always 2"}}})
-    )
+    questions = folder.parents[1] / "questions" / "rooms"
+    questions.mkdir(parents=True)
+    row = {"split": "val", "type": "object_counting", "questions": 9, "chance": 0.0, "best": 0.31}
+    (questions / "blind.jsonl").write_text(json.dumps(row | {"strategies": {"constant": 0.31, "scene": 0.2}}) + "\n")
     (folder / "summary.json").write_text(json.dumps({"title": "probe", "facts": {"rooms": 24}}))
     (folder / "quarantine.jsonl").write_text(json.dumps({"id": "rooms/r3#1", "reason": "truncated PNG"}) + "\n")
     image = rng.integers(0, 255, (3, 56, 70, 3), dtype=np.uint8)
@@ -69,7 +70,7 @@ class _Sources(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_shows_every_part(tmp_path: Path) -> None:
-    page = write_report(make_run(tmp_path / "demo")).read_text()
+    page = write_report(make_run(tmp_path / "runs" / "demo")).read_text()
     parser = _Sources()
     parser.feed(page)
     assert len(parser.sources) == 3 * 7
@@ -80,7 +81,7 @@ def test_the_page_is_self_contained_and_shows_every_part(tmp_path: Path) -> None
         "✓ beats it",
         "✗ does not",
         "truncated PNG",
-        "always 2",
+        "constant",
         "encode (",
     ):
         assert text in page
@@ -100,10 +101,10 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_torn_evaluation_is_named(tmp_path: Path) -> None:
-    make_run(tmp_path / "run")
-    (tmp_path / "run" / "evaluation.json").write_text('{"split": ')
+    make_run(tmp_path / "runs" / "run")
+    (tmp_path / "runs" / "run" / "evaluation.json").write_text('{"split": ')
     with pytest.raises(DataError, match=r"evaluation\.json is not JSON"):
-        collect(tmp_path / "run")
+        collect(tmp_path / "runs" / "run")
 
 
 def test_unknown_depth_and_ignored_labels_are_grey() -> None:
