@@ -16,9 +16,10 @@ from services.data.questions.draft import Draft, generator
 
 LETTERS = "ABCDEFGH"
 SMALL_VOCABULARY = 4
-"""Up to this many possible answers are kept near the rarest one's frequency; with more, near the median one's."""
+"""Up to this many possible options are kept near the rarest one's frequency; more of them, and numbers, near the
+median one's."""
 SLACK = 1.5
-"""With more than two possible answers, how much more frequent one may be: exactness would cost most questions."""
+"""How much more frequent than that an answer may be (but for left or right): exactness would cost most questions."""
 MOST_RIGHT = 0.4
 """An option may be right in at most this share of the questions that offer it (of four, chance is 0.25)."""
 VALUE_STEP = 0.1
@@ -64,11 +65,11 @@ def cap(drafts: Sequence[Draft], answer: Callable[[Draft], Hashable]) -> list[Dr
     possible = set(counts) | {option for draft in drafts for option in draft.wrong}
     if not counts:
         return []
-    if len(possible) <= SMALL_VOCABULARY:
-        rarest = min(counts[value] for value in possible)
-        limit = max(1, math.floor(rarest * (SLACK if len(possible) > 2 else 1)))
+    if drafts[0].wrong and len(possible) <= SMALL_VOCABULARY:
+        frequency, slack = min(counts[value] for value in possible), SLACK if len(possible) > 2 else 1.0
     else:
-        limit = max(1, int(np.median(list(counts.values()))))
+        frequency, slack = int(np.percentile(list(counts.values()), 50, method="lower")), SLACK
+    limit = max(1, math.floor(slack * frequency))
     kept, taken = [], Counter[Hashable]()
     for draft in drafts:
         taken[answer(draft)] += 1
