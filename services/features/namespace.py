@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -30,7 +31,7 @@ from services.features.layout import check_record
 from services.features.leases import owner_tag
 from services.features.quarantine import WHOLE_SHARD, Quarantine
 from services.features.remote import RemoteNamespace
-from services.features.sealing import Sealing, disk_error
+from services.features.sealing import Sealing
 from services.features.shards import BadRecordError, BadShardError, Shard, ShardGoneError, WrongKeyError
 
 if TYPE_CHECKING:
@@ -51,18 +52,26 @@ class DiskStats:
 
 
 class Namespace:
-    """Records of one fingerprint. Safe for many threads and many processes; pickles as its identity."""
+    """Records of one fingerprint. Safe for many threads and many processes; pickles as its identity.
 
-    def __init__(self, store: FeatureStore, identity: Mapping[str, Any], fingerprint: str) -> None:
+    With ``create=False`` (looking at a folder whose identity may not be readable) nothing is written at opening.
+    """
+
+    def __init__(
+        self, store: FeatureStore, identity: Mapping[str, Any], fingerprint: str, *, create: bool = True
+    ) -> None:
         self.fingerprint = fingerprint
         self.identity = dict(identity)
         self.folder: Path = store.root / fingerprint
         self._store = store
         self._quarantine = Quarantine(self.folder)
         self._remote: RemoteNamespace | None = None
-        self._unwritable = self._prepare_or_reason()
+        if create:
+            # Reading may work all the same: a store on a read-only file system is of use, and put() will say why.
+            with contextlib.suppress(OSError):
+                self._prepare()
         if store.tier is not None:
-            self._remote = store.tier.namespace(fingerprint, self.folder)
+            self._remote = store.tier.namespace(fingerprint, self.folder, self._prepare)
         self._index = Index(self.folder, fingerprint, self._quarantine)
         self._shards: dict[str, Shard] = {}
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(CacheStats)), 0)
@@ -88,7 +97,8 @@ class Namespace:
 
         With ``into`` (name -> contiguous buffer of the stored dtype and size; bfloat16 as int16) the tensors are
         copied there and verified there; without, they are read-only views that hold the shard open. With
-        ``cache.verify=always`` every call checks the bytes; a view is not checked again later.
+        ``cache.verify=always`` every call checks the bytes; a view is not checked again later. After a miss the
+        content of the buffers is undefined.
 
         Raises:
             CacheError: a buffer in ``into`` is missing or does not fit.
@@ -149,10 +159,6 @@ class Namespace:
             CacheError: a tensor does not fit its dtype, or the disk or folder refuses. Nothing else is affected:
                 the caller has the tensors and may go on.
         """
-        if self._unwritable:
-            self._unwritable = self._prepare_or_reason()
-        if self._unwritable:
-            raise CacheError(self._unwritable)
         checked = check_record(record)
         digest = key.digest
         if self._sealing.pending(digest):
@@ -340,14 +346,6 @@ class Namespace:
             text = json.dumps(namespace_identity(self.identity, self._store.codec), indent=1, sort_keys=True)
             temporary = self.folder / "tmp" / f"{os.urandom(8).hex()}.{owner_tag()}.json.tmp"
             write_durable(path, text.encode(), temporary)
-
-    def _prepare_or_reason(self) -> str:
-        try:
-            self._prepare()
-        except OSError as error:
-            # Reading may work all the same: a store on a read-only file system is of use.
-            return str(disk_error(self.folder, error))
-        return ""
 
     def _count(self, **increments: int) -> None:
         with self._lock:

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ class RemoteTier:
             self._connect()
         return self._filesystem
 
-    def namespace(self, fingerprint: str, folder: Path) -> RemoteNamespace:
-        """A fingerprint of the remote tier, beside its local folder."""
-        return RemoteNamespace(self, fingerprint, folder)
+    def namespace(self, fingerprint: str, folder: Path, prepare: Callable[[], None]) -> RemoteNamespace:
+        """A fingerprint of the remote tier, beside its local folder, which ``prepare`` makes ready."""
+        return RemoteNamespace(self, fingerprint, folder, prepare)
 
     def _connect(self) -> None:
         from pyarrow import fs  # slow to import, and most stores have no remote tier
@@ -81,7 +81,8 @@ class RemoteTier:
 class RemoteNamespace:
     """One fingerprint of the remote tier. Thread-safe. A remote that fails is a miss, and says so in the log."""
 
-    def __init__(self, tier: RemoteTier, fingerprint: str, folder: Path) -> None:
+    def __init__(self, tier: RemoteTier, fingerprint: str, folder: Path, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
         self.tier, self.fingerprint, self.folder = tier, fingerprint, folder
         self.base = f"{tier.base.rstrip('/')}/{fingerprint}"
         self._lock = threading.RLock()
@@ -232,6 +233,7 @@ class RemoteNamespace:
         self._segment = Segment.of_commits(list(self._commits.values()))
 
     def _place(self, name: str, commit: Commit) -> bool:
+        self._prepare()
         temporary = self.folder / "tmp" / f"{name}.{owner_tag()}.arrow.tmp"
         try:
             with (

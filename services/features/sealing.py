@@ -151,21 +151,32 @@ class Sealing:
         self._condition.notify_all()
 
     def _run(self) -> None:
-        while (writer := self._next()) is not None:
-            # Whatever happens in between, flush() must not wait for ever.
-            failure: CacheError | None = CacheError(f"{self._folder}: sealing a shard ended unexpectedly")
-            try:
-                failure = self._seal(writer)
-            finally:
-                with self._condition:
-                    self._sealed_now.remove(writer)
-                    self._pending.difference_update(writer.keys)
-                    if failure is None:
-                        self._acknowledged += writer.keys
-                    else:
-                        log.warning("%d records were not cached: %s", len(writer.keys), failure)
-                        self._failures.append(failure)
-                    self._condition.notify_all()
+        try:
+            while (writer := self._next()) is not None:
+                self._seal_one(writer)
+        finally:
+            with self._condition:
+                if self._thread is threading.current_thread():
+                    # Ended by an error that nobody foresaw: what waits gets another thread.
+                    self._thread = None
+                    if self._queue:
+                        self._wake()
+
+    def _seal_one(self, writer: ShardWriter) -> None:
+        # Whatever happens in between, flush() must not wait for ever.
+        failure: CacheError | None = CacheError(f"{self._folder}: sealing a shard ended unexpectedly")
+        try:
+            failure = self._seal(writer)
+        finally:
+            with self._condition:
+                self._sealed_now.remove(writer)
+                self._pending.difference_update(writer.keys)
+                if failure is None:
+                    self._acknowledged += writer.keys
+                else:
+                    log.warning("%d records were not cached: %s", len(writer.keys), failure)
+                    self._failures.append(failure)
+                self._condition.notify_all()
 
     def _seal(self, writer: ShardWriter) -> CacheError | None:
         try:

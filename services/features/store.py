@@ -233,7 +233,8 @@ class FeatureStore:
         """The namespace of a folder, also of one whose identity cannot be read."""
         with self._lock:
             known = self._namespaces.get(folder.name)
-        return known or Namespace(self, _read_json(folder / "identity.json").get("identity", {}), folder.name)
+        identity = _read_json(folder / "identity.json").get("identity", {})
+        return known or Namespace(self, identity, folder.name, create=False)
 
 
 def _reopen(root: str, settings: dict[str, Any]) -> FeatureStore:

@@ -418,3 +418,32 @@ def test_a_sweep_leaves_the_living_alone(tmp_path: Path) -> None:
     os.utime(lone, (old, old))
     assert store.sweep() == 2
     assert namespace.flush() == [key_of("open")]
+
+
+def test_an_unforeseen_error_while_sealing_neither_hangs_nor_stops_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, namespace, keys = filled(tmp_path, range(3))
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def broken(self: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.ShardWriter, "seal", broken)
+        with pytest.raises(CacheError, match="ended unexpectedly"):
+            _put_and_flush(namespace, record_of(key_of("a")), "a")
+    assert namespace.get(key_of("a")) is None
+    _put_and_flush(namespace, record_of(key_of("b")), "b")
+    assert namespace.contains([*keys, key_of("b")]).all()
+
+
+def test_looking_at_a_folder_writes_nothing(tmp_path: Path) -> None:
+    store, namespace, _ = filled(tmp_path, range(3))
+    store.close()
+    (namespace.folder / "identity.json").unlink()
+    before = sorted(path.name for path in namespace.folder.rglob("*"))
+    (info,) = FeatureStore(tmp_path).namespaces()
+    assert (info.identity, info.stats.records) == ({}, 3)
+    assert FeatureStore(tmp_path).verify_all().records == 3
+    assert sorted(path.name for path in namespace.folder.rglob("*")) == before
