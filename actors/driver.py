@@ -47,9 +47,9 @@ def train(config: RunConfig) -> RunResult:
     from services.data.sources import open_sources
 
     began = time.time()
+    preflight.check(config)  # a run that cannot start leaves nothing behind
     folder = open_run_folder(config)
     events.configure(folder / "events", "driver")
-    preflight.check(config)
     manifests = open_sources(config)
     with ExitStack() as running:
         pool = running.enter_context(_services(config, folder))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from actors.preflight.encoders import EncoderCost
 from actors.preflight.plan import CachePlan, NodePlan, RolePlan
 from configs.paths import is_uri
 from configs.schema import RunConfig
@@ -37,6 +38,16 @@ def storage_problems(config: RunConfig, nodes: Sequence[NodePlan]) -> Iterator[s
     for library, value in (("wandb", config.logger.wandb), ("mlflow", config.logger.mlflow)):
         if value and find_spec(library) is None:
             yield f"logger.{library}={value} needs the library {library}: pip install 'loom3d[{library}]'"
+
+
+def weights_problems(config: RunConfig, features: EncoderCost) -> Iterator[str]:
+    """Weights that are not here, where the run is on this machine (nodes of a cluster may have them)."""
+    if not features.available and config.cluster.mode != "attach":
+        weights = config.encoders[features.name].weights
+        yield (
+            f"encoders.{features.name}.weights={weights} is not on this machine and cannot be fetched: give the folder "
+            "that holds its config.json and model.safetensors, or choose a random encoder such as encoder=dinov2-tiny"
+        )
 
 
 def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_memory_gb: float) -> Iterator[str]:

@@ -32,6 +32,8 @@ class EncoderCost:
     outputs: dict[str, TensorSpec]
     record_bytes: int
     """Of one input's outputs in the store, with the configured codec."""
+    available: bool
+    """Whether the weights are random or on this machine."""
     working_bytes: int
     """Of one input while it is encoded: the widest layer's activations."""
 
@@ -52,12 +54,12 @@ def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
 
     settings = config.encoders[name]
     if input_kind(settings.family) is InputKind.IMAGE:
-        encoder = _describe(settings)
+        encoder, available = _describe(settings)
         outputs, parameters, flops = dict(encoder.outputs()), hf.parameter_count(encoder), hf.flops_per_image(encoder)
     else:
         from services.features.encode import build_encoder
 
-        other = build_encoder(name, config)
+        other, available = build_encoder(name, config), True
         outputs, parameters, flops = dict(other.outputs()), sum(p.numel() for p in other.parameters()), 0
     item = BYTES[settings.dtype]
     return EncoderCost(
@@ -67,6 +69,7 @@ def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
         flops=flops,
         outputs=outputs,
         record_bytes=record_bytes(outputs, config.cache.codec),
+        available=available,
         working_bytes=_widest(outputs) * WIDTH_FACTOR * item,
     )
 
@@ -89,15 +92,18 @@ def record_bytes(outputs: Mapping[str, TensorSpec], codec: str) -> int:
     return total
 
 
-def _describe(settings: EncoderConfig) -> HFEncoder:
-    """The encoder without its weights. One with random weights is described like one from a folder not yet read."""
+def _describe(settings: EncoderConfig) -> tuple[HFEncoder, bool]:
+    """The encoder without its weights, and whether these can be had.
+
+    One with random weights is described like one from a folder that was not read yet.
+    """
     import transformers
 
     from models.encoders import hf
 
     if settings.weights != "random":
         try:
-            return hf.load_encoder(
+            stored = hf.load_encoder(
                 settings.family,
                 settings.weights,
                 height=settings.height,
@@ -105,6 +111,7 @@ def _describe(settings: EncoderConfig) -> HFEncoder:
                 layers=settings.layers,
                 dtype=settings.dtype,
             )
+            return stored, True
         except WeightsError:
             if settings.weights not in PUBLISHED:
                 raise
@@ -112,7 +119,7 @@ def _describe(settings: EncoderConfig) -> HFEncoder:
     kind = str(arch.pop("model_type", "")) or hf.FAMILIES[settings.family][0]
     architecture = hf.ARCHITECTURES[kind]
     mean, std = architecture.normalisation
-    return hf.HFEncoder(
+    described = hf.HFEncoder(
         architecture,
         hf.random_config(getattr(transformers, architecture.config), arch),
         hf.Preprocessing(height=settings.height, width=settings.width, mean=mean, std=std),
@@ -121,3 +128,4 @@ def _describe(settings: EncoderConfig) -> HFEncoder:
         folder=Path("not-read"),
         seed=settings.seed,
     )
+    return described, settings.weights == "random"

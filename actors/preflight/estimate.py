@@ -71,10 +71,14 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
 
 
 def check(config: RunConfig, nodes: Sequence[Node] = ()) -> Plan:
-    """:func:`plan`, for the driver: PlacementError with every reason why the run cannot start."""
+    """:func:`plan`, for the driver: PlacementError with every reason why the run cannot start.
+
+    Weights that are missing count here; a plan may be made before they are fetched.
+    """
     found = plan(config, nodes=nodes)
-    if not found.fits:
-        raise PlacementError("the run cannot start:\n" + "\n".join(f"  - {problem}" for problem in found.problems))
+    problems = [*found.problems, *(p for e in found.encoders for p in checks.weights_problems(config, e))]
+    if problems:
+        raise PlacementError("the run cannot start:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return found
 
 
@@ -201,6 +205,7 @@ def _notes(config: RunConfig, data: Sequence[DataSize], features: EncoderCost) -
     ]
     if config.cluster.mode == "inline":
         notes.append("cluster.mode=inline: one process, so memory adds up and encoding waits for training")
+    notes += checks.weights_problems(config, features)
     if not features.flops:
         notes.append(f"the work of encoder {features.name} was not counted; its time is left out")
     return notes

@@ -45,7 +45,14 @@ def features(channels: int, grid: int) -> EncoderCost:
         "summary": TensorSpec(shape=(1, channels), dtype="bfloat16"),
     }
     return EncoderCost(
-        name="features", parameters=0, weight_bytes=0, flops=0, outputs=outputs, record_bytes=0, working_bytes=0
+        name="features",
+        parameters=0,
+        weight_bytes=0,
+        flops=0,
+        outputs=outputs,
+        record_bytes=0,
+        working_bytes=0,
+        available=True,
     )
 
 
@@ -148,7 +155,7 @@ def test_an_unknown_name_needs_its_weights(tmp_path: Path) -> None:
 def test_real_weights_agree_with_the_table(weights_dir: Path, tmp_path: Path) -> None:
     table = encoder_cost("features", load(tmp_path, "encoder=dinov2-small"))
     stored = load(tmp_path, "encoder=dinov2-small", f"encoders.features.weights={weights_dir / 'dinov2-small'}")
-    assert dataclasses.asdict(encoder_cost("features", stored)) == dataclasses.asdict(table)
+    assert encoder_cost("features", stored) == dataclasses.replace(table, available=True)
 
 
 def test_fp8_records_are_about_half() -> None:
@@ -227,6 +234,7 @@ def test_a_file_system_is_found_for_a_folder_that_is_not_there_yet(tmp_path: Pat
             ["2 of 4 workers", "short of 2 CPU"],
         ),
         (["cluster.nodes.local.memory_gb=1"], ["node local", "need about", "it has 1 GB", "trainer.micro_batch"]),
+        (["encoder=dinov2-large"], ["encoders.features.weights=facebook/dinov2-large is not on this machine"]),
         (["peft=lora"], ["probe-tiny names no modules"]),
     ],
 )
