@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 SETUP_HOOK = "services.runtime.cluster.setup_worker"
 THREADS = "LOOM3D_THREADS"
+_PLACEMENT_CLEANER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+"""Logger that repeats every second, where there is no dashboard, that it cannot see the controller's state."""
+
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -46,10 +49,12 @@ def setup_worker() -> None:
     """Runs once in every Ray worker process before anything else (``worker_process_setup_hook``).
 
     ``models`` first: it declares what ``import torchvision`` needs beside a CPU build of torch. Then threads: Ray
-    gives one to a worker that asks for no CPU; LOOM3D_THREADS says how many are meant.
+    gives one to a worker that asks for no CPU; LOOM3D_THREADS says how many are meant. And one logger that would
+    bury the progress line is made quiet.
     """
     import models  # noqa: F401
 
+    logging.getLogger(_PLACEMENT_CLEANER).setLevel(logging.ERROR)
     if os.environ.get(THREADS, "").isdigit() and int(os.environ[THREADS]) > 0:
         import torch
 

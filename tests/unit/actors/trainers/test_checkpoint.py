@@ -56,11 +56,11 @@ def test_five_steps_resumed_equal_ten(toy: Any, tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-import conftest as toy
+sys.path.insert(0, {root!r})
+from tests.support import toy_role as toy
 from actors.trainers.checkpoint import Checkpoints, Identity, resume
 from actors.trainers.loop import Hooks
-import types, torch
+import torch
 torch.set_num_threads(1)
 checkpoints = Checkpoints(Path({folder!r}), Identity(settings={{}}, plan="p"), keep=2)
 loop = toy.toy_loop(dropout=0.3, ema=0.9, steps=10, checkpoint_every=5)
@@ -78,10 +78,8 @@ loop.run(toy.toy_steps(loop.state.step, 10))
 
 
 def test_kill_9_and_resume_repeat_the_same_losses(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-
     def run(folder: Path, kill_at: int) -> tuple[int, dict[str, str]]:
-        code = _KILLED.format(tests=str(here), root=str(Path.cwd()), folder=str(folder))
+        code = _KILLED.format(root=str(Path(__file__).parents[4]), folder=str(folder))
         done = subprocess.run(
             [sys.executable, "-c", code, str(kill_at)], capture_output=True, text=True, timeout=120, check=False
         )
