@@ -290,26 +290,32 @@ class PlanStream:
         self._buffer: deque[PlannedStep] = deque()
         self._new: list[PlannedStep] = []
         self._pending: Any = None
+        self._answered: Future[Any] | None = None
 
     def __iter__(self) -> Iterator[PlannedStep]:
         return self
 
     def __next__(self) -> PlannedStep:
         """The next step; waits for it."""
+        empty = 0
         while not self._buffer:
             self._ask()
             if self._pending is None:
                 raise StopIteration
-            self._receive()
+            empty += not self._receive()
+            # The first empty answer may date from a pause of all ranks, such as a validation.
+            if empty > 1:
+                raise DeadlineError(
+                    f"rank {self._rank} waits for rows of step {self._asked}: none in {self._deadline_s:g} s; the "
+                    f"pipeline waits for CPUs (its stages need {_STAGE_CPUS} of one) or for a rank that does not read"
+                )
         self._ask()
         return self._buffer.popleft()
 
     def arrived(self) -> list[PlannedStep]:
         """Steps that came in since this was last called, those already given out too; does not wait."""
-        import ray
-
         self._ask()
-        while self._pending is not None and ray.wait([self._pending], timeout=0)[0]:
+        while self._answered is not None and self._answered.done():
             self._receive()
             self._ask()
         new, self._new = self._new, []
@@ -321,21 +327,21 @@ class PlanStream:
             self._pending = self._feed.take.remote(
                 self._rank, self._asked, max(1, self._lookahead // 4), self._deadline_s
             )
+            self._answered = self._pending.future()
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Take in the answer of the feed; False when it had nothing before its deadline."""
         what = f"the feed: rows of step {self._asked} for rank {self._rank}"
         # The feed gives up a little earlier and says that it has none; this deadline is for one that hangs.
         table = calls.call(self._pending, what, self._deadline_s + _WAIT_S)
-        self._pending = None
+        self._pending = self._answered = None
         if table is None:
-            raise DeadlineError(
-                f"{what}: none in {self._deadline_s:g} s; the pipeline waits for CPUs (its stages need "
-                f"{_STAGE_CPUS} of one) or for a rank that does not read"
-            )
+            return False
         steps = list(rows.from_table(table))
         if not steps:
             self._stop = self._asked
-            return
+            return True
         self._asked = steps[-1].plan.step + 1
         self._buffer.extend(steps)
         self._new.extend(steps)
+        return True
