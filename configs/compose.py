@@ -156,7 +156,7 @@ def _apply(tree: dict[str, Any], override: Override) -> None:
         default = default.get(name, {}) if isinstance(default, dict) else {}
         if not isinstance(node, dict):
             raise ConfigError(f"{'.'.join(path)}: {'.'.join(path[:i])} is a value ({node!r}), it has no keys")
-        node = node.setdefault(name, copy.deepcopy(default) if isinstance(default, dict) else {})
+        node = node.setdefault(name, copy.deepcopy(default))
     last = path[-1]
     if not isinstance(node, dict):
         raise ConfigError(f"{'.'.join(path)}: {'.'.join(path[:-1])} is a value ({node!r}), it has no keys")

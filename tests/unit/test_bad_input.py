@@ -36,7 +36,7 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["trainer.lr=1e-3", "trainer.lr=1e-4"], ["trainer.lr is given twice", "1e-3", "1e-4"]),
     (["size=tiny", "size=small"], ["size is given twice"]),
     (["data={sources: 1}"], ["data is a group", "set single keys as data.key=value"]),
-    (["trainer.lr.peak=1"], ["trainer.lr must be a number"]),
+    (["trainer.lr.peak=1"], ["trainer.lr.peak: trainer.lr is a value", "it has no keys"]),
     (["~trainer.lrr"], ["~trainer.lrr: there is no such key"]),
     (["cache=shared"], ["cache.remote has no value", "give cache.remote=..."]),
     (["data=scannet"], ["data.sources.scannet.root has no value"]),
