@@ -72,9 +72,17 @@ def depth_window(window: Window, image: Intrinsics | None, depth: Intrinsics, si
     return left * x + x0, top * y + y0, right * x + x0, bottom * y + y0
 
 
+def picture_size(view: View) -> tuple[int, int]:
+    """(height, width) of the view's picture: its camera's, or what its file says."""
+    if view.K is not None:
+        return view.K.height, view.K.width
+    width, height = image_size(view.image)
+    return height, width
+
+
 def read_targets(view: View, height: int, width: int) -> Record:
     """``depth`` float32 (height, width) metres, 0 unknown, and ``ids`` int32, 0 none, from the view's files."""
-    size = (view.K.height, view.K.width) if view.K else image_size(view.image)
+    size = picture_size(view)
     window = crop_box(size, height, width)
     depth = np.zeros((height, width), np.float32)
     ids = np.zeros((height, width), np.int32)
@@ -199,7 +207,7 @@ class Targets:
             self._lease = None
 
     def _key(self, view: View) -> FeatureKey:
-        depth, size = view.depth, (view.K.height, view.K.width) if view.K else image_size(view.image)
+        depth, size = view.depth, picture_size(view)
         digests = [self._digest(path) for path in (depth.path if depth else None, view.label_path) if path]
         transform = {
             "image": _camera(view.K) if view.K else list(size),

@@ -63,6 +63,16 @@ def test_depth_and_labels_are_cut_like_the_image(tmp_path: Path) -> None:
     assert answers == [0, 1, IGNORE]
 
 
+def test_a_view_without_a_camera_is_cut_as_its_file_says(tmp_path: Path) -> None:
+    scene = write_scenes(tmp_path)[0]
+    with_camera = scene.views[0]
+    without = dataclasses.replace(with_camera, K=None)
+    assert under_test.picture_size(without) == under_test.picture_size(with_camera) == (HEIGHT, WIDTH)
+    expected, seen = (under_test.read_targets(view, 28, 28) for view in (with_camera, without))
+    assert np.array_equal(seen["depth"].data, expected["depth"].data)
+    assert np.array_equal(seen["ids"].data, expected["ids"].data)
+
+
 def test_the_store_gives_the_same_bits_and_no_file_is_decoded_again(
     tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
