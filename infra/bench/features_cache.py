@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import numpy as np
 from infra.bench import baselines
 from infra.bench.harness import Bench, Context, Measured, Target, cpu_us, interleave, rate
 from services.contracts import FeatureKey, Tensor
+from services.features.index import Index
 from services.features.namespace import Namespace
-from services.features.segments import Segment, read_generation, write_generation
+from services.features.quarantine import Quarantine
+from services.features.segments import Segment, split_keys, write_generation
 from services.features.store import FeatureStore
 
 TOKENS, CHANNELS = 1024, 1024
@@ -140,53 +143,53 @@ def prepare_get_12kb(context: Context) -> Measured:
 
 
 def prepare_lookup(context: Context, count: int) -> Measured:
-    """Median time of one look-up in a mapped generation of ``count`` keys, against sqlite with 1e6 keys."""
+    """Median time from a key to its place with ``count`` keys in the index, against sqlite with 1e6 keys."""
     count = context.size(count, 2000)
-    path = context.folder / "index.gen"
     keys = np.frombuffer(np.random.default_rng(0).bytes(16 * count), np.uint8).reshape(count, 16)
-    _write_index(path, keys)
-    segment = read_generation(path)
-    asked = keys[np.random.default_rng(1).integers(0, count, context.size(20_000, 200))]
-    singles = [key.tobytes() for key in asked]
-    connection = baselines.make_sqlite(context.folder / "sqlite", keys[: context.size(1_000_000, 2000)])
+    index = _index_of(context.folder / "namespace", keys)
+    rng = np.random.default_rng(1)
+    singles = [key.tobytes() for key in keys[rng.integers(0, count, context.size(20_000, 200))]]
+    many = keys[rng.integers(0, count, context.size(1_000_000, 1000))]
+    stored = keys[: context.size(1_000_000, 2000)]
+    connection = baselines.make_sqlite(context.folder / "sqlite", stored)
     context.cleanup.callback(connection.close)
-    in_sqlite = [key.tobytes() for key in keys[np.random.default_rng(1).integers(0, min(count, 10**6), len(asked))]]
+    in_sqlite = [key.tobytes() for key in stored[rng.integers(0, len(stored), len(singles))]]
 
     def lookup() -> float:
         took = []
         for key in singles:
             start = time.perf_counter_ns()
-            at = segment.find(int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big"))
+            place = index.find(key)
             took.append(time.perf_counter_ns() - start)
-            if at < 0:
+            if place is None:
                 raise RuntimeError("a key is missing")
         return float(np.median(took)) / 1000
 
     def extra() -> dict[str, Any]:
-        from services.features.segments import split_keys
-
-        many = keys[np.random.default_rng(2).integers(0, count, context.size(1_000_000, 1000))]
         start = time.perf_counter()
-        found = segment.find_many(*split_keys(many))
+        found = index.contains(many)
         seconds = time.perf_counter() - start
-        if (found < 0).any():
+        if not found.all():
             raise RuntimeError("a key is missing")
         return {"keys": count, "batched_keys_per_s": round(len(many) / seconds), "bytes_per_key": 24}
 
     return Measured(value=lookup, baseline=lambda: baselines.lookup_sqlite(connection, in_sqlite), extra=extra)
 
 
-def _write_index(path: Any, keys: np.ndarray) -> None:
-    """A generation file as a compaction writes it."""
-    from services.features.segments import split_keys
-
+def _index_of(folder: Path, keys: np.ndarray) -> Index:
+    """An index that maps one generation, written as a compaction does, over shards that exist by name only."""
+    per_shard = 20_000
+    (folder / "index").mkdir(parents=True)
     high, low = split_keys(keys)
     order = np.argsort(high)
     rows = np.arange(len(keys), dtype=np.uint32)[order]
-    per_shard = 20_000
     shards = [f"{i:032x}" for i in range(len(keys) // per_shard + 1)]
+    for name in shards:
+        (folder / f"{name}.arrow").touch()
+        (folder / f"{name}.idx").touch()
     segment = Segment(high[order], low[order], rows // per_shard, rows % per_shard, shards)
-    write_generation(path, segment, path.with_suffix(".tmp"))
+    write_generation(folder / "index" / "000000000001-bench.gen", segment, folder / "bench.tmp")
+    return Index(folder, "bench", Quarantine(folder))
 
 
 def _safetensors(context: Context, records: np.ndarray, order: np.ndarray) -> tuple[Any, list[str]]:
