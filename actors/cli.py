@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors import commands
+from services.runtime import threads
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -154,6 +155,7 @@ VERBS: Mapping[str, Verb] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 1 not fine (a check), 2 refused, 130 interrupted."""
+    threads.share_cores()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())

@@ -23,6 +23,7 @@ from typing import Any
 import services
 from configs.schema import ClusterConfig, RunConfig
 from services.errors import ServiceError
+from services.runtime import threads
 from services.runtime.placement import role_resource
 
 _log = logging.getLogger(__name__)
@@ -97,7 +98,11 @@ def worker_environment() -> dict[str, Any]:
     """Runtime environment of the workers: the setup hook, and the packages importable as they are here."""
     root = str(Path(services.__file__).resolve().parents[1])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
-    return {"worker_process_setup_hook": SETUP_HOOK, "env_vars": {"PYTHONPATH": path}}
+    variables = {
+        "PYTHONPATH": path,
+        **{name: os.environ.get(name, value) for name, value in threads.ENVIRONMENT.items()},
+    }
+    return {"worker_process_setup_hook": SETUP_HOOK, "env_vars": variables}
 
 
 def start(config: RunConfig) -> Cluster:
