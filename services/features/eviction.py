@@ -164,11 +164,8 @@ def sweep(root: Path, now: float | None = None) -> int:
 
 
 def note_access(folder: Path, shard: Shard) -> None:
-    """Stamp the use of a shard, at most every ``STAMP_S`` seconds."""
-    now = time.monotonic()
-    if now < shard.next_touch:
-        return
-    shard.next_touch = now + STAMP_S
+    """Stamp the use of a shard, and say when the next stamp is due (a reader asks before it calls)."""
+    shard.next_touch = time.monotonic() + STAMP_S
     # The stamp is a hint for eviction: a store that cannot be written works without.
     with contextlib.suppress(OSError):
         (folder / "access" / shard.name).touch()

@@ -76,7 +76,7 @@ class Index:
         """Where a good record of ``key`` lies, as far as this process has read the folder."""
         high, low = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
         for segment in self._view.segments:
-            at = segment.find(high, low)
+            at = segment.find(high, low) if segment.n else -1
             if at >= 0 and (place := self._good(segment, at)) is not None:
                 return place
         return None

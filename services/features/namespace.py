@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,13 @@ class Namespace:
             found = self._local(key.digest, into)
         if found is None and self._remote is not None:
             found = self._from_remote(key.digest, into)
-        self._count(hits=int(found is not None), misses=int(found is None), bytes_read=found[1] if found else 0)
-        return found[0] if found else None
+        with self._lock:
+            if found is None:
+                self._counts["misses"] += 1
+                return None
+            self._counts["hits"] += 1
+            self._counts["bytes_read"] += found[1]
+        return found[0]
 
     def get_many(self, keys: Sequence[FeatureKey], into: Mapping[str, np.ndarray] | None = None) -> list[Record | None]:
         """The records of ``keys``, None for each miss; read in the order in which they lie on the disk.
@@ -313,7 +319,8 @@ class Namespace:
         except BadRecordError as error:
             self.condemn(place.shard, place.row, digest.hex(), str(error))
             return None
-        eviction.note_access(self.folder, shard)
+        if time.monotonic() >= shard.next_touch:
+            eviction.note_access(self.folder, shard)
         return found
 
     def _from_remote(self, digest: bytes, into: Mapping[str, np.ndarray] | None) -> tuple[Record, int] | None:

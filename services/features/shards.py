@@ -151,19 +151,19 @@ class Shard:
         at = 0
         # Layouts keep their fields in the order of names, which is the order of the bytes, except empty ones.
         for f in layout.fields:
-            buffer = _buffer(into, f.name, f.storage, f.count)
-            target = buffer.reshape(-1).view(np.uint8)
-            source = self._bytes[offset + f.offset : offset + f.offset + f.nbytes]
+            buffer = _buffer(into, f.name, f.storage, f.count).reshape(f.shape)
             if hasher is None:
-                np.copyto(target, source)
+                np.copyto(buffer.reshape(-1), np.frombuffer(self._map, f.storage, f.count, offset + f.offset))
             elif f.nbytes:
+                target = buffer.reshape(-1).view(np.uint8)
+                source = self._bytes[offset + f.offset : offset + f.offset + f.nbytes]
                 hasher.update(self._view[offset + at : offset + f.offset])
                 for a in range(0, f.nbytes, _CHUNK):
                     part = target[a : a + _CHUNK]
                     np.copyto(part, source[a : a + _CHUNK])
                     hasher.update(part.data)
                 at = f.offset + f.nbytes
-            record[f.name] = Tensor(data=buffer.reshape(f.shape), dtype=f.dtype)
+            record[f.name] = Tensor(data=buffer, dtype=f.dtype)
         if hasher is not None:
             hasher.update(self._view[offset + at : offset + layout.nbytes])
             if hasher.digest() != checksum:
