@@ -186,6 +186,8 @@ def ray_tables(
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # They would advise on the memory of a stage of which there is one, in the middle of the progress line.
+    context.issue_detectors_config.detectors = []
     block = max(1, lookahead // 4)
     segment = block * _BLOCKS_A_SEGMENT
     for begin in range(start, stop, segment):
