@@ -39,6 +39,7 @@ def model_settings(config: RunConfig, batch: Mapping[str, Any], classes: int) ->
         "channels": tokens.shape[-1],
         "layers": tokens.shape[1],
         "summaries": summary.shape[1],
+        "summary_channels": summary.shape[2],
         "classes": max(1, classes),
         **config.model.overrides,
     }

@@ -18,6 +18,7 @@ from actors.trainers import representation
 from actors.trainers.backends.base import Backend
 from actors.trainers.checkpoint import Checkpoints, Identity, resume
 from actors.trainers.loop import Hooks, Metrics, TrainLoop, to_device
+from actors.trainers.recompute import checkpoint_activations
 from configs.schema import RunConfig
 from models.spec import RoleSpec
 from services.contracts import Split
@@ -34,7 +35,7 @@ Stream = Callable[[EpochPlan, int, int], Steps]
 
 _TRAINER_FREE = {
     "log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "threads", "prefetch_steps", "resume",
-    "max_skipped_steps", "best_metric", "best_mode",
+    "max_skipped_steps", "best_metric", "best_mode", "activation_checkpointing",
 }  # fmt: skip
 """Settings of the trainer that do not change the weights, so a run may be resumed with others."""
 
@@ -121,6 +122,8 @@ def train_role(
         torch.set_num_threads(config.trainer.threads)
     plan = feed.plan(Split.TRAIN)
     module, role, settings = _build(config, feed, plan)
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(module, role)
     backend.prepare(module)
     loop = TrainLoop(
         module=module,

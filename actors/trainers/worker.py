@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from actors.trainers import refusal
 from configs.schema import RoleConfig, RunConfig
 from services.errors import USER_ERRORS, ServiceError
 
@@ -50,10 +51,14 @@ def train_in_workers(config: RunConfig, folder: Path, pool: PoolAddress | None) 
             ),
         ),
     )
+    refusal.clear(folder)
     try:
         result: Any = trainer.fit()
     except api.TrainingFailedError as error:
-        raise _cause(error) from error
+        raise refusal.read(folder) or _cause(error) from error
+    refused = refusal.read(folder)
+    if refused is not None:
+        raise refused
     from actors.trainers.roles import RoleResult
 
     return RoleResult(**result.return_value)
@@ -78,7 +83,19 @@ def _scaling(role: RoleConfig) -> dict[str, Any]:
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs."""
+    """What each worker runs: the role, unless an earlier group has found that it cannot be done."""
+    folder = Path(settings["folder"])
+    if refusal.read(folder) is not None:
+        return {}
+    try:
+        return _run_role(settings["config"], folder, settings["pool"])
+    except refusal.FINAL as error:
+        refusal.note(folder, error)
+        raise
+
+
+def _run_role(config: RunConfig, folder: Path, pool: PoolAddress | None) -> dict[str, Any]:
+    """Train the role on this rank."""
     import torch
     from ray import train
 
@@ -90,8 +107,6 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     from services.features.sink import open_store
     from services.telemetry import events
 
-    config: RunConfig = settings["config"]
-    folder, pool = Path(settings["folder"]), settings["pool"]
     backend = DdpBackend(train.torch.get_device())
     events.configure(folder / "events", f"{ROLE}-{backend.rank}")
     if not config.trainer.threads:
