@@ -285,7 +285,8 @@ class EpochPlan:
         entry, unit = pool.locate(position)
         item = pool.ids[entry].as_py()
         seed = key64("sample", self.seed, epoch, plan.name, source, item, unit) >> 1
-        draw = plan.sampler.draw(int(pool.n_views[entry]), unit, np.random.default_rng(seed))
+        random = np.random.default_rng(seed)
+        draw = plan.sampler.draw(int(pool.n_views[entry]), unit, random, pool.broken.get(entry, frozenset()))
         return PlanSample(
             id=sample_id(source, item, plan.name, unit),
             source=source,

@@ -7,7 +7,7 @@ makes the content of a unit. A unit is what an epoch draws at most once; two uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,8 @@ import pyarrow as pa
 from configs import ConfigError, RunConfig
 from configs.schema import ViewSetConfig
 from services.contracts import Role, ViewRole
+
+_NONE: frozenset[int] = frozenset()
 
 
 class EntryLike(Protocol):
@@ -47,8 +49,12 @@ class Sampler(Protocol):
         """How many units the entry has; 0 where this kind cannot be made of it."""
         ...
 
-    def draw(self, n_views: int, unit: int, random: np.random.Generator) -> Draw:
-        """The content of unit ``unit`` of an entry with ``n_views`` views."""
+    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:
+        """Units that cannot be made without one of the views ``broken``."""
+        ...
+
+    def draw(self, n_views: int, unit: int, random: np.random.Generator, broken: frozenset[int] = _NONE) -> Draw:
+        """The content of unit ``unit`` of an entry with ``n_views`` views, without those in ``broken``."""
         ...
 
 
@@ -58,7 +64,16 @@ class ViewSampler:
     def units(self, entry: EntryLike) -> int:  # noqa: D102
         return entry.n_views if entry.kind == "scene" else 0
 
-    def draw(self, n_views: int, unit: int, random: np.random.Generator) -> Draw:  # noqa: ARG002, D102
+    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: ARG002, D102
+        return broken
+
+    def draw(  # noqa: D102
+        self,
+        n_views: int,  # noqa: ARG002
+        unit: int,
+        random: np.random.Generator,  # noqa: ARG002
+        broken: frozenset[int] = _NONE,  # noqa: ARG002
+    ) -> Draw:
         return Draw(views=(ViewRole(index=unit),))
 
 
@@ -68,7 +83,16 @@ class ItemSampler:
     def units(self, entry: EntryLike) -> int:  # noqa: D102
         return 1 if entry.kind == "item" else 0
 
-    def draw(self, n_views: int, unit: int, random: np.random.Generator) -> Draw:  # noqa: ARG002, D102
+    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: D102
+        return () if broken.isdisjoint(range(entry.n_views)) else (0,)
+
+    def draw(  # noqa: D102
+        self,
+        n_views: int,
+        unit: int,  # noqa: ARG002
+        random: np.random.Generator,  # noqa: ARG002
+        broken: frozenset[int] = _NONE,  # noqa: ARG002
+    ) -> Draw:
         return Draw(views=tuple(ViewRole(index=index) for index in range(n_views)))
 
 
@@ -103,31 +127,58 @@ class ViewSetSampler:
         starts = self._starts(entry.n_views)
         return max(0, -(-starts // self.config.stride))
 
+    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: D102
+        return [unit for unit in range(self.units(entry)) if not self._without(entry.n_views, unit, broken)]
+
+    def draw(self, n_views: int, unit: int, random: np.random.Generator, broken: frozenset[int] = _NONE) -> Draw:
+        """Size, interval, first frame and targets are drawn among those that fit into the scene.
+
+        A set that would hold a broken view is drawn again, from all sets of the unit that hold none.
+        """
+        start = _one_of(self._firsts(n_views, unit), random)
+        size = _one_of(self._sizes(n_views, start), random)
+        step = _one_of(self._steps(n_views, start, size), random)
+        frames = range(start, start + size * step, step)
+        if not broken.isdisjoint(frames):
+            sound = self._without(n_views, unit, broken)
+            frames = sound[int(random.integers(len(sound)))]
+        targets = set(random.choice(len(frames), self._targets(len(frames)), replace=False).tolist())
+        roles = (Role.TARGET if place in targets else Role.CONTEXT for place in range(len(frames)))
+        return Draw(views=tuple(ViewRole(index=index, role=role) for index, role in zip(frames, roles, strict=True)))
+
     def _starts(self, n_views: int) -> int:
         """How many first frames leave room for the smallest set."""
         return n_views - (self.least - 1) * self.interval[0]
 
-    def draw(self, n_views: int, unit: int, random: np.random.Generator) -> Draw:
-        """Size, interval, first frame and targets are drawn among those that fit into the scene."""
+    def _firsts(self, n_views: int, unit: int) -> range:
         first = unit * self.config.stride
-        start = int(random.integers(first, min(first + self.config.stride, self._starts(n_views))))
-        room = n_views - 1 - start
-        fits = min(self.most, 1 + room // self.interval[0])
-        size = int(random.integers(self.least, fits + 1))
-        widest = self.interval[1] if size == 1 else min(self.interval[1], room // (size - 1))
-        step = int(random.integers(self.interval[0], widest + 1))
-        targets = set(random.choice(size, self._targets(size), replace=False).tolist())
-        return Draw(
-            views=tuple(
-                ViewRole(index=start + i * step, role=Role.TARGET if i in targets else Role.CONTEXT)
-                for i in range(size)
-            )
+        return range(first, min(first + self.config.stride, self._starts(n_views)))
+
+    def _sizes(self, n_views: int, start: int) -> range:
+        return range(self.least, min(self.most, 1 + (n_views - 1 - start) // self.interval[0]) + 1)
+
+    def _steps(self, n_views: int, start: int, size: int) -> range:
+        widest = self.interval[1] if size == 1 else min(self.interval[1], (n_views - 1 - start) // (size - 1))
+        return range(self.interval[0], widest + 1)
+
+    def _without(self, n_views: int, unit: int, broken: frozenset[int]) -> list[range]:
+        """The frames of every set of the unit that has none of the broken views."""
+        frames = (
+            range(start, start + size * step, step)
+            for start in self._firsts(n_views, unit)
+            for size in self._sizes(n_views, start)
+            for step in self._steps(n_views, start, size)
         )
+        return [views for views in frames if broken.isdisjoint(views)]
 
     def _targets(self, size: int) -> int:
         if self.config.target_ratio == 0:
             return 0
         return min(size - 1, max(1, round(size * self.config.target_ratio)))
+
+
+def _one_of(values: range, random: np.random.Generator) -> int:
+    return int(random.integers(values.start, values.stop))
 
 
 def _pair(values: list[int], key: str, least: int) -> tuple[int, int]:
@@ -161,32 +212,43 @@ class Pool:
         self.ids = pa.array(ids, pa.large_string())
         self.n_views = np.asarray(n_views, np.int64)
         self.lengths = np.asarray(lengths, np.int64)
+        self.broken: dict[int, frozenset[int]] = {}
+        """Place of an entry -> its views in quarantine."""
         self._ends = np.cumsum(np.asarray(units, np.int64))
         self._gaps = np.zeros(0, np.int64)
         self._size = int(self._ends[-1]) if len(ids) else 0
 
     @classmethod
-    def of(cls, kind: str, source: str, entries: list, sampler: Sampler, quarantine: frozenset[str]) -> Pool:
-        """Units of ``entries``. ``quarantine`` holds item ids, ``source/item`` ids or ids of single samples."""
-        singles = _single_units(kind, source, quarantine)
-        kept = [
-            (entry, units)
-            for entry in entries
-            if (units := sampler.units(entry)) > 0
-            and entry.id not in quarantine
-            and f"{source}/{entry.id}" not in quarantine
-        ]
-        pool = cls(
-            [entry.id for entry, _ in kept],
-            [entry.n_views for entry, _ in kept],
-            [entry.length or 0 for entry, _ in kept],
-            [units for _, units in kept],
-        )
-        removed: list[int] = []
-        for position, (entry, units) in enumerate(kept):
-            begin = int(pool._ends[position]) - units
-            removed.extend(begin + unit for unit in singles.get(entry.id, ()) if unit < units)
-        pool._remove(sorted(set(removed)))
+    def of(
+        cls, kind: str, source: str, entries: Iterable[EntryLike], sampler: Sampler, quarantine: frozenset[str]
+    ) -> Pool:
+        """Units of ``entries``.
+
+        ``quarantine`` holds item ids, ``source/item`` ids, ids of single samples, and of single views
+        (``source/item#viewN``): no sample of any kind holds such a view.
+        """
+        singles, views = _numbered(kind, source, quarantine), _numbered("view", source, quarantine)
+        ids: list[str] = []
+        n_views, lengths, counts, removed = [], [], [], []
+        broken: dict[int, frozenset[int]] = {}
+        begin = 0
+        for entry in entries:
+            units = sampler.units(entry)
+            if units <= 0 or entry.id in quarantine or f"{source}/{entry.id}" in quarantine:
+                continue
+            gone = set(singles.get(entry.id, ()))
+            if entry.id in views:
+                broken[len(ids)] = views[entry.id]
+                gone.update(sampler.spoiled(entry, views[entry.id]))
+            removed += [begin + unit for unit in gone if unit < units]
+            ids.append(entry.id)
+            n_views.append(entry.n_views)
+            lengths.append(entry.length or 0)
+            counts.append(units)
+            begin += units
+        pool = cls(ids, n_views, lengths, counts)
+        pool.broken = broken
+        pool._remove(sorted(removed))
         return pool
 
     def _remove(self, units: list[int]) -> None:
@@ -211,11 +273,11 @@ def sample_id(source: str, item: str, kind: str, unit: int) -> str:
     return f"{source}/{item}#{kind}{unit}"
 
 
-def _single_units(kind: str, source: str, quarantine: frozenset[str]) -> Mapping[str, list[int]]:
-    """Item -> units of this kind and source that the quarantine names one by one."""
-    found: dict[str, list[int]] = {}
+def _numbered(kind: str, source: str, quarantine: frozenset[str]) -> Mapping[str, frozenset[int]]:
+    """Item -> the units of this kind and source that the quarantine names one by one."""
+    found: dict[str, set[int]] = {}
     for entry in quarantine:
         item, mark, unit = entry.rpartition(f"#{kind}")
         if mark and unit.isdecimal() and item.startswith(f"{source}/"):
-            found.setdefault(item.removeprefix(f"{source}/"), []).append(int(unit))
-    return found
+            found.setdefault(item.removeprefix(f"{source}/"), set()).add(int(unit))
+    return {item: frozenset(units) for item, units in found.items()}

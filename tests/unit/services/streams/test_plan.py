@@ -184,10 +184,41 @@ def test_quarantine_removes_exactly_those(case: tuple[RunConfig, dict[str, Sourc
     plan = plan_or_none(config, sources, complete=True, quarantine=singles | whole | {"not/there#view3"})
     if plan is None:
         return
-    left = {s.id for s in samples_of(plan, range(plan.steps_per_epoch)) if s.weight}
+    kept = [s for s in samples_of(plan, range(plan.steps_per_epoch)) if s.weight]
+    left = {s.id for s in kept}
     gone = {i for i in all_ids if i in singles or i.split("/")[1].split("#")[0] in whole}
-    assert left == all_ids - gone
+    # A quarantined view may cost further units: the sets that cannot be made without it.
+    assert left <= all_ids - gone
+    assert {i for i in left if "#view_set" not in i} == {i for i in all_ids - gone if "#view_set" not in i}
+    views = {f"{s.source}/{s.item}#view{view.index}" for s in kept for view in s.views}
+    assert views.isdisjoint(singles)
     assert (plan.digest == everything.digest) is False
+
+
+def test_no_set_of_views_holds_a_view_in_quarantine() -> None:
+    view_set = ViewSetConfig(views=[2, 3], interval=[1, 2], stride=2)
+    config = config_of({"rooms": 1.0}, {"view_set": 1.0}, micro_batch=1, view_set=view_set)
+    source = scenes("rooms", [10, 3])
+    bad = {"rooms/rooms-00#view3", "rooms/rooms-00#view4", "rooms/rooms-00#view5", "rooms/rooms-01#view1"}
+    plain = EpochPlan(config, {"rooms": source})
+    plan = EpochPlan(config, {"rooms": source}, quarantine=frozenset(bad))
+    epochs = range(40 * plan.steps_per_epoch)
+    drawn = samples_of(plan, epochs)
+    assert {f"{s.source}/{s.item}#view{v.index}" for s in drawn for v in s.views}.isdisjoint(bad)
+    # A second view is at most two frames on, so that none of the sets from frames 2 to 5 on can be made.
+    units = {s.id for s in drawn}
+    assert {s.id for s in samples_of(plain, epochs)} - units == {
+        "rooms/rooms-00#view_set1",
+        "rooms/rooms-00#view_set2",
+    }
+    # Of the short scene only the set of its first and last view is left.
+    assert {tuple(v.index for v in s.views) for s in drawn if s.item == "rooms-01"} == {(0, 2)}
+    # Scenes without such views are drawn from as ever.
+    other = EpochPlan(config, {"rooms": source}, quarantine=frozenset({"rooms/rooms-01#view1"}))
+    sets = {(s.id, s.seed): s.views for s in samples_of(plain, epochs) if s.item == "rooms-00"}
+    same = [s for s in samples_of(other, epochs) if s.item == "rooms-00"]
+    assert all(sets[s.id, s.seed] == s.views for s in same if (s.id, s.seed) in sets)
+    assert any((s.id, s.seed) in sets for s in same)
 
 
 def test_a_complete_pass_has_every_unit_once_in_order_and_fillers_without_weight() -> None:
