@@ -119,7 +119,12 @@ def _claim(config: RoomsConfig, folder: Path, plans: list[RoomPlan]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
+    """Writes a small file so that it is there whole or not at all; one that says the same is left as it is.
+
+    Manifests guard these files by their times: a new time would have them read again at every start.
+    """
+    if path.is_file() and path.read_text() == text:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)

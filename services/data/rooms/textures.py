@@ -135,6 +135,6 @@ class Atlas:
         x1, y1 = (x0 + 1) % size, (y0 + 1) % size
         wx, wy = weight[:, :1], weight[:, 1:]
         table = self._stacked
-        low = table[base + y0 * size + x0] * (1 - wx) + table[base + y0 * size + x1] * wx
-        high = table[base + y1 * size + x0] * (1 - wx) + table[base + y1 * size + x1] * wx
+        low = table.take(base + y0 * size + x0, axis=0) * (1 - wx) + table.take(base + y0 * size + x1, axis=0) * wx
+        high = table.take(base + y1 * size + x0, axis=0) * (1 - wx) + table.take(base + y1 * size + x1, axis=0) * wx
         return low * (1 - wy) + high * wy

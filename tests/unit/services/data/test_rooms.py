@@ -148,8 +148,11 @@ def test_what_is_done_is_kept_and_what_is_not_is_made(folder, tmp_path):
     assert (first / "color/0.png").stat().st_mtime_ns == stamp
     assert contents(copy) == contents(folder)
     calls.clear()
+    small = [*sorted((copy / "splits").iterdir()), copy / "scannetv2-labels.combined.tsv"]
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in small]
     make_rooms(CONFIG, copy, lambda *a: calls.append(a))
     assert [done for done, _, _ in calls] == [3]
+    assert [(path.stat().st_mtime_ns, path.stat().st_ino) for path in small] == stamps
 
 
 def _make_in_child(folder: str) -> None:
