@@ -49,7 +49,9 @@ class Probe(nn.Module):
     Args:
         channels: channels C of a patch token.
         layers: number of tapped layers L; the linear heads read the last one, the DPT head four spread over all.
-        summaries: number k of summary tokens, each of ``channels``.
+        summaries: number k of summary tokens.
+        summary_channels: channels of a summary token; 0 for those of a patch token. CLIP's are projected to another
+            width.
         classes: semantic classes.
         dpt_levels, dpt_width, dpt_hidden: see :class:`models.layers.dpt.DPTHead`.
     """
@@ -66,6 +68,7 @@ class Probe(nn.Module):
         dpt_levels: Sequence[int],
         dpt_width: int,
         dpt_hidden: int,
+        summary_channels: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("layers", layers), ("classes", classes)):
@@ -73,9 +76,10 @@ class Probe(nn.Module):
                 raise ModelError(f"probe: {name} must be at least 1, got {value}")
         self.taps = tap_layers(layers)
         self.token_scale = Standardise(layers, channels)
-        self.summary_scale = Standardise(summaries, channels)
+        summary_channels = summary_channels or channels
+        self.summary_scale = Standardise(summaries, summary_channels)
         self.register_buffer("log_depth_offset", torch.zeros(()))
-        self.depth_linear = nn.Linear(channels * (1 + summaries), 1)
+        self.depth_linear = nn.Linear(channels + summaries * summary_channels, 1)
         self.depth_dpt = DPTHead(
             in_channels=[channels] * LEVELS,
             level_channels=dpt_levels,
@@ -90,7 +94,7 @@ class Probe(nn.Module):
 
         Args:
             tokens: (B, L, h, w, C) patch tokens of the tapped layers, any float dtype.
-            summary: (B, k, C) summary tokens.
+            summary: (B, k, C') summary tokens.
             size: height and width of the targets.
 
         Returns:

@@ -38,13 +38,14 @@ def _size(name: str, **defaults: object) -> ModelSpec:
     )
 
 
-# channels, layers, summaries and classes follow from the encoder and the data of a run; what stands here is the
-# encoder that the size is meant for, so that `models.build(name)` works by itself.
+# channels, layers, summaries, summary_channels and classes follow from the encoder and the data of a run; what stands
+# here is the encoder that the size is meant for, so that `models.build(name)` works by itself.
 PROBE_TINY = _size(
     "probe-tiny",
     channels=64,
     layers=4,
     summaries=1,
+    summary_channels=0,
     classes=20,
     dpt_levels=(16, 32, 32, 32),
     dpt_width=32,
@@ -55,6 +56,7 @@ PROBE_SMALL = _size(
     channels=384,
     layers=4,
     summaries=1,
+    summary_channels=0,
     classes=20,
     dpt_levels=(48, 96, 192, 384),
     dpt_width=64,
@@ -65,6 +67,7 @@ PROBE_BASE = _size(
     channels=768,
     layers=4,
     summaries=1,
+    summary_channels=0,
     classes=20,
     dpt_levels=(96, 192, 384, 768),
     dpt_width=256,

@@ -42,6 +42,16 @@ def test_shapes_and_taps() -> None:
     assert [tap_layers(n) for n in (1, 2, 4, 12)] == [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 3), (2, 5, 8, 11)]
 
 
+def test_summaries_may_have_a_width_of_their_own() -> None:
+    """CLIP's are projected."""
+    batch = make_batch() | {"summary": torch.randn(3, 2, 5)}
+    module = build(summaries=2, summary_channels=5)
+    module.calibrate([(batch["tokens"], batch["summary"], batch["depth"])])
+    assert module(batch["tokens"], batch["summary"], (12, 16))["depth_linear"].shape == (3, 12, 16)
+    moved = module(batch["tokens"], batch["summary"] + 1, (12, 16))["depth_linear"]
+    assert not torch.equal(moved, module(batch["tokens"], batch["summary"], (12, 16))["depth_linear"])
+
+
 def test_heads_share_no_parameter() -> None:
     """The gradient of each loss term reaches its own head only."""
     module = build()
