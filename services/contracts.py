@@ -288,6 +288,20 @@ class FeatureRequest:
     """For an encoder of records: the request that makes its input."""
 
 
+@dataclass
+class Lookups:
+    """What the cache answered to one of the consumers that share a client; the client counts on in it."""
+
+    hits: int = 0
+    misses: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over look-ups; 0 before the first."""
+        total = self.hits + self.misses
+        return self.hits / total if total else 0.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheStats:
     """Counters since the object that holds them was made."""
@@ -309,5 +323,4 @@ class CacheStats:
     @property
     def hit_rate(self) -> float:
         """Hits over look-ups; 0 before the first."""
-        total = self.hits + self.misses
-        return self.hits / total if total else 0.0
+        return Lookups(self.hits, self.misses).hit_rate

@@ -11,14 +11,15 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from configs.schema import RunConfig
-from services.contracts import CacheStats, FeatureRequest
+from models.spec import TensorSpec
+from services.contracts import CacheStats, FeatureRequest, Lookups
 from services.errors import CacheError, DeadlineError, ServiceError
 from services.features.encode import Answer, Encoder, as_stored, record_bytes
 from services.features.keys import key_array
@@ -89,8 +90,24 @@ class FeatureClient:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def get(self, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+    def pin(self, name: str) -> None:
+        """Hold on to what is stored of encoder ``name`` and of those it reads from, until this client is closed.
+
+        They are held from their first use on in any case. A run calls this before it starts, so that a budget of
+        others does not evict what it will read later.
+        """
+        while name and self._caching:
+            self.sink.namespace(name)
+            name = self.config.encoders[name].upstream
+
+    def outputs(self, name: str) -> Mapping[str, TensorSpec]:
+        """Shapes and dtypes of the records of encoder ``name``."""
+        return self.sink.model(name).outputs()
+
+    def get(self, requests: Sequence[FeatureRequest], step: int, lookups: Lookups | None = None) -> list[Answer]:
         """The record of each request, in order; a broken input gives its DataError in its place.
+
+        Hits and misses are added to ``lookups``, for those who share this client with others.
 
         Raises what stops everything: WeightsError, ModelError or ConfigError of the encoder.
         """
@@ -100,7 +117,7 @@ class FeatureClient:
         finally:
             self._settle(mine)
         answers = [self._await(flight) for flight in flights]
-        self._land(flights, step)
+        self._land(flights, step, lookups)
         return answers
 
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None:
@@ -193,12 +210,16 @@ class FeatureClient:
                 if not flight.ahead:
                     self._flights.pop(_name(flight.request), None)
 
-    def _land(self, flights: Sequence[_Flight], step: int) -> None:
+    def _land(self, flights: Sequence[_Flight], step: int, lookups: Lookups | None) -> None:
         """Count, and give back the bytes of what was taken or passed by."""
+        hits = sum(flight.hit for flight in flights)
+        if lookups is not None:
+            lookups.hits += hits
+            lookups.misses += len(flights) - hits
         with self._changed:
+            self._hits += hits
+            self._misses += len(flights) - hits
             for flight in flights:
-                self._hits += flight.hit
-                self._misses += not flight.hit
                 if flight.ahead:
                     self._free(flight)
             for flight in [f for f in self._flights.values() if f.ahead and f.step < step and f.answer.done()]:

@@ -22,7 +22,7 @@ from configs import RunConfig
 from models.encoders.base import InputKind
 from models.encoders.families import input_kind
 from models.spec import TensorSpec
-from services.contracts import CacheStats, FeatureKey, FeatureRequest, MicroBatch, PlanSample, Record, Tensor
+from services.contracts import FeatureKey, FeatureRequest, Lookups, MicroBatch, PlanSample, Record, Tensor
 from services.errors import CacheError, DataError
 from services.streams.collate import FIXED_KINDS, Collate, Slot
 from services.streams.ledger import Ledger
@@ -36,10 +36,10 @@ from services.telemetry import events
 class Client(Protocol):
     """What the loader asks of ``services.features.client.FeatureClient``."""
 
-    def get(self, requests: Sequence[FeatureRequest], step: int) -> list[Record | BaseException]: ...  # noqa: D102
+    def get(  # noqa: D102
+        self, requests: Sequence[FeatureRequest], step: int, lookups: Lookups | None = None
+    ) -> list[Record | BaseException]: ...
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None: ...  # noqa: D102
-    @property
-    def stats(self) -> CacheStats: ...  # noqa: D102
 
 
 class Steps(Protocol):
@@ -141,6 +141,7 @@ class Loader:
         self._reuse = reuse
         self._steps = steps or PlanSteps(plan, rank, world_size, start_step, stop_step)
         self._wanted: dict[tuple[int, str], list[FeatureRequest] | DataError] = {}
+        self._lookups = Lookups()
         self._expected = start_step
         self._stop_step = stop_step
         self._closing = threading.Event()
@@ -227,13 +228,11 @@ class Loader:
 
     def _load(self, planned: PlannedStep, slot: Slot) -> LoadedStep:
         plan = planned.plan
-        before = self._client.stats
+        self._lookups = Lookups()
         broken: dict[str, str] = {}
         micro_batches = [
             self._micro_batch(batch, plan.step, planned.keys, slot, broken) for batch in plan.micro_batches
         ]
-        after = self._client.stats
-        looked_up = after.hits + after.misses - before.hits - before.misses
         if broken and self._ledger is not None:
             self._ledger.add(broken, plan.step)
         return LoadedStep(
@@ -241,7 +240,7 @@ class Loader:
             epoch=plan.epoch,
             micro_batches=micro_batches,
             broken=broken,
-            hit_rate=(after.hits - before.hits) / looked_up if looked_up else 0.0,
+            hit_rate=self._lookups.hit_rate,
             bytes=sum(
                 column.nbytes
                 for micro in micro_batches
@@ -290,7 +289,7 @@ class Loader:
                 wanted[sample.id] = requests
         _check_keys(wanted, keys)
         flat = [request for requests in wanted.values() for request in requests]
-        answers = iter(self._client.get(flat, step) if flat else ())
+        answers = iter(self._client.get(flat, step, self._lookups) if flat else ())
         good: dict[str, Record] = {}
         for sample in samples:
             mine = [next(answers) for _ in wanted.get(sample.id, ())]

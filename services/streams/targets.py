@@ -133,8 +133,12 @@ class Targets:
         self._lease: Any = None
         if store is not None:
             self._namespace = store.open(self.identity())
-            # As long as this lives its records are reread, so nothing may evict them.
-            self._lease = store.lease([self._namespace.fingerprint])
+            try:
+                # As long as this lives its records are reread, so nothing may evict them.
+                self._lease = store.lease([self._namespace.fingerprint])
+            except CacheError as error:
+                # A cache that can only be read is of use; nobody can evict from it either.
+                _log.warning("the cache of targets is used without a lease: %s", error)
         self._refused = False
         self._digests: dict[str, tuple[Stamp | None, str]] = {}
 
@@ -195,14 +199,21 @@ class Targets:
         try:
             self._namespace.put(key, record)
         except CacheError as error:
-            if not self._refused:
-                _log.warning("targets are decoded again in every epoch, the cache keeps nothing more: %s", error)
-            self._refused = True
+            self._say_refused(error)
+
+    def _say_refused(self, error: CacheError) -> None:
+        if not self._refused:
+            _log.warning("targets are decoded again in every epoch, the cache keeps nothing more: %s", error)
+        self._refused = True
 
     def close(self) -> None:
         """Commit what was decoded and let go of the store. Safe to call twice."""
+        if self._namespace is not None:
+            try:
+                self._namespace.flush()
+            except CacheError as error:
+                self._say_refused(error)
         if self._lease is not None:
-            self._namespace.flush()
             self._lease.release()
             self._lease = None
 

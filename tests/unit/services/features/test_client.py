@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from services.contracts import ImageRef
+from services.contracts import ImageRef, Lookups
 from services.errors import DataError, ServiceError, WeightsError
 from services.features import journal
 from services.features.client import FeatureClient
@@ -164,6 +164,36 @@ def test_only_what_the_service_left_unanswered_is_encoded_here(make_config, make
     client.close()
 
 
+def test_those_who_share_a_client_have_counts_of_their_own(make_config, make_requests):
+    config, requests = make_config(), make_requests(4)
+    client = FeatureClient(config, open_store(config))
+    training, validation = Lookups(), Lookups()
+    client.get(requests[:3], 0, training)
+    client.sink.flush()
+    client.get(requests, 0, validation)
+    assert (training, training.hit_rate) == (Lookups(0, 3), 0.0)
+    assert (validation, validation.hit_rate) == (Lookups(3, 1), 0.75)
+    assert (client.stats.hits, client.stats.misses) == (3, 4)
+    client.close()
+
+
+def test_pinned_features_of_a_chain_survive_the_budget_of_another_run(make_config, make_requests):
+    """Before anything is read, and after the process that wrote them is gone."""
+    config, requests = make_config(), make_requests(4, encoder="small")
+    writer = FeatureClient(config, open_store(config))
+    writer.get(requests, 0)
+    writer.close()
+    store = open_store(config)
+    client = FeatureClient(config, store)
+    client.pin("small")
+    held = {client.sink.namespace(name).fingerprint for name in ("small", "features")}
+    assert store.gc(budget=0).shards == 0
+    assert {info.fingerprint for info in store.namespaces() if info.pinned} == held
+    client.close()
+    assert store.gc(budget=0).shards == 2
+    store.close()
+
+
 def test_the_service_hears_the_hit_rate(make_config, make_requests):
     config, requests = make_config(cache={"mode": "never"}), make_requests(3)
     pool = FakePool(config)
@@ -235,7 +265,7 @@ def test_what_the_consumer_passed_by_is_dropped(make_config, make_requests):
     encoder = SlowEncoder(config)
     client = FeatureClient(config, None, make_encoder=encoder)
     client.prefetch(requests[:4], 1)
-    wait_for(lambda: len(encoder.seen) == 4 and not client._queued)
+    wait_for(lambda: len(client._flights) == 4 and all(flight.answer.done() for flight in client._flights.values()))
     client.get(requests[4:], 2)
     assert client._ahead_bytes == 0
     assert client._flights == {}

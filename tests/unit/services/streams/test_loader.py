@@ -16,7 +16,7 @@ from PIL import Image
 
 from configs import ConfigError, RunConfig
 from models.spec import TensorSpec
-from services.contracts import CacheStats, FeatureKey, FeatureRequest, Record, Tensor
+from services.contracts import CacheStats, FeatureKey, FeatureRequest, Lookups, Record, Tensor
 from services.errors import CacheError, DataError, QuarantineLimitError, ServiceError
 from services.features.client import FeatureClient
 from services.features.encode import build_encoder
@@ -38,15 +38,14 @@ class FakeClient:
         self.answer = answer
         self.steps: list[int] = []
         self.asked_ahead: list[tuple[int, int]] = []
-        self._hits = 0
 
-    @property
-    def stats(self) -> CacheStats:
-        return CacheStats(hits=self._hits, misses=len(self.steps))
-
-    def get(self, requests: Sequence[FeatureRequest], step: int) -> list[Record | BaseException]:
+    def get(
+        self, requests: Sequence[FeatureRequest], step: int, lookups: Lookups | None = None
+    ) -> list[Record | BaseException]:
         self.steps.append(step)
-        self._hits += 3
+        if lookups is not None:
+            lookups.hits += 3
+            lookups.misses += 1
         return [self.answer(request) or self.record(request) for request in requests]
 
     def record(self, request: FeatureRequest) -> Record:

@@ -203,6 +203,26 @@ def test_a_full_cache_only_costs_time(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
 
 
+def test_a_cache_that_cannot_be_written_is_used_without_a_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FeatureStore(tmp_path / "store")
+
+    def read_only(*_: object) -> None:
+        raise CacheError("the file system is read-only")
+
+    monkeypatch.setattr(store, "lease", read_only)
+    reader = Targets(small_config(tmp_path), {"small": SmallManifest(write_scenes(tmp_path))}, store=store)
+    monkeypatch.setattr(reader._namespace, "flush", read_only)
+    assert isinstance(reader.get([sample()])[0], dict)
+    reader.close()
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].endswith("is used without a lease: the file system is read-only")
+    assert said[1].endswith("keeps nothing more: the file system is read-only")
+    store.close()
+
+
 def test_the_store_of_targets_has_no_codec(tmp_path: Path) -> None:
     config = dataclasses.replace(small_config(tmp_path), cache=CacheConfig(codec="fp8_e4m3"))
     store = open_target_store(config)
