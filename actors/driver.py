@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import configs
 from configs import RunConfig
-from services.telemetry import events
+from services.telemetry import events, logs
+from services.telemetry.progress import counting
 
 if TYPE_CHECKING:
     from actors.trainers.roles import Feed, RoleResult
@@ -49,14 +50,20 @@ def train(config: RunConfig) -> RunResult:
     began = time.time()
     preflight.check(config)  # a run that cannot start leaves nothing behind
     folder = open_run_folder(config)
-    events.configure(folder / "events", "driver")
-    manifests = open_sources(config)
+    _log.info("run %s in %s", folder.name, folder)
+    logs.record(folder / "events", "driver")
+    with counting("", config.logger.progress) as show:
+        manifests = open_sources(config, progress=show)
+    for name, manifest in manifests.items():
+        _log.info("data %s: %d entries, %d views", name, len(manifest), manifest.count_views())
     with ExitStack() as running:
+        running.enter_context(logs.relayed(folder / "events"))
         pool = running.enter_context(_services(config, folder))
         feed = running.enter_context(_feed(config, manifests, pool))
         _record(config, folder, feed)
         with events.span("train"), _progress(config, folder):
             trained = _train(config, folder, feed, pool)
+        _log.info("evaluating on held-out data")
         evaluation = evaluate(feed, folder, device=_device())
         stats = feed.client.stats
     _summarise(config, folder, trained, stats, time.time() - began)
@@ -95,10 +102,12 @@ def _services(config: RunConfig, folder: Path) -> Iterator[Any]:
     from services.runtime import cluster
 
     with ExitStack() as running:
+        _log.info("starting Ray on this machine" if config.cluster.mode == "local" else "joining the Ray cluster")
         with events.span("cluster"):
             running.enter_context(cluster.running(config))
         pool = None
         if config.service.replicas:
+            _log.info("starting %d encoder replica(s)", config.service.replicas)
             with events.span("service"):
                 pool = start_pool(config, events_folder=folder / "events")
             running.callback(stop_pool, pool)
@@ -118,8 +127,11 @@ def _feed(config: RunConfig, manifests: Mapping[str, Any], pool: Any) -> Iterato
         from services.features.pool import connect_pool
 
         connected = connect_pool(pool, config)
-    with closing(FeatureClient(config, store, pool=connected)) as client:
-        yield Feed.open(config, manifests, client, store)
+    with (
+        closing(FeatureClient(config, store, pool=connected)) as client,
+        closing(Feed.open(config, manifests, client, store)) as feed,
+    ):
+        yield feed
 
 
 def _record(config: RunConfig, folder: Path, feed: Feed) -> None:

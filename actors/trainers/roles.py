@@ -20,10 +20,11 @@ from actors.trainers.checkpoint import Checkpoints, Identity, resume
 from actors.trainers.loop import Hooks, Metrics, TrainLoop, to_device
 from actors.trainers.recompute import checkpoint_activations
 from configs.schema import RunConfig
-from models.spec import RoleSpec
+from models.spec import RoleSpec, TensorSpec
 from services.contracts import Split
+from services.streams.collate import Collate
 from services.streams.ledger import Ledger, read_quarantine
-from services.streams.loader import Loader, Steps
+from services.streams.loader import Loader, Steps, column_specs
 from services.streams.plan import EpochPlan
 from services.streams.targets import Targets
 from services.telemetry.loggers import Loggers
@@ -49,18 +50,32 @@ class Feed:
     client: Any
     """FeatureClient."""
     targets: Targets
+    columns: Mapping[str, Mapping[str, TensorSpec]]
+    """By kind, the columns of a batch, so that even a first micro-batch without a good sample has its shapes."""
     quarantine: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, config: RunConfig, manifests: Mapping[str, Any], client: Any, store: Any = None) -> Feed:
-        """Read the quarantine list and prepare the targets, kept in ``store`` where there is one."""
+        """Read the quarantine list and prepare the targets, kept in ``store`` where there is one.
+
+        Features and targets are pinned from here on: what a live run rereads is not evicted by another. Close it.
+        """
+        quarantine = read_quarantine(config.data.quarantine)
+        features = config.recipe.features
+        client.pin(features)
+        targets = Targets(config, manifests, store=store)
         return cls(
             config=config,
             manifests=manifests,
             client=client,
-            targets=Targets(config, manifests, store=store),
-            quarantine=read_quarantine(config.data.quarantine),
+            targets=targets,
+            columns=column_specs(config, client.outputs(features), targets),
+            quarantine=quarantine,
         )
+
+    def close(self) -> None:
+        """Commit the targets and let go of them; the client is its owner's to close."""
+        self.targets.close()
 
     def plan(self, split: Split | str, *, complete: bool | None = None) -> EpochPlan:
         """The plan of a split; ``complete`` for a pass over all of it."""
@@ -87,6 +102,7 @@ class Feed:
             config=self.config,
             start_step=start,
             stop_step=plan.steps_per_epoch if stop is None else stop,
+            collate=Collate(self.columns),
             targets=self.targets,
             steps=steps,
             ledger=ledger,

@@ -105,18 +105,20 @@ def _run_role(config: RunConfig, folder: Path, pool: PoolAddress | None) -> dict
     from services.features.client import FeatureClient
     from services.features.pool import connect_pool
     from services.features.sink import open_store
-    from services.telemetry import events
+    from services.telemetry import logs
 
     backend = DdpBackend(train.torch.get_device())
-    events.configure(folder / "events", f"{ROLE}-{backend.rank}")
+    logs.record(folder / "events", f"{ROLE}-{backend.rank}")
     if not config.trainer.threads:
         # Ray sets OMP_NUM_THREADS to 1 for a worker that asks for no CPU; "torch's default" means the machine's.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // train.get_context().get_local_world_size()))
     manifests = open_sources(config, revalidate=False)
     store = open_store(config)
     connected = connect_pool(pool, config) if pool is not None else None
-    with closing(FeatureClient(config, store, pool=connected)) as client:
-        feed = Feed.open(config, manifests, client, store)
+    with (
+        closing(FeatureClient(config, store, pool=connected)) as client,
+        closing(Feed.open(config, manifests, client, store)) as feed,
+    ):
         result = train_role(config, folder, feed, backend, stream=functools.partial(_stream, config, backend))
     return dataclasses.asdict(result)
 
