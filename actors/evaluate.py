@@ -29,6 +29,7 @@ from services.errors import DataError, ResumeError
 from services.telemetry import events
 
 EXAMPLES = 6
+MEAN_DEPTH, MEAN_DEPTH_MAP, MAJORITY_CLASS = "mean depth", "mean depth map", "majority class"
 _LOWER = ("loss", "abs_rel")
 
 
@@ -59,12 +60,19 @@ class Survey:
         labels = batch["labels"][batch["labels"] != IGNORE]
         self.label_counts = self.label_counts + torch.bincount(labels, minlength=max(1, classes))
 
-    def mean_depth(self) -> Tensor | None:
-        """(H, W) mean depth of each pixel; where a pixel was never known, the mean over all. None without depth."""
+    def mean_depth(self) -> dict[str, Tensor]:
+        """Depth predicted without features, each (H, W): one number everywhere, and a mean of its own for each pixel.
+
+        Empty without depth. Where a pixel was never known, the map has the mean over all.
+        """
         total, count = torch.as_tensor(self.depth_sum), torch.as_tensor(self.depth_count)
         if not count.sum():
-            return None
-        return torch.where(count > 0, total / count.clamp(min=1), total.sum() / count.sum())
+            return {}
+        mean = total.sum() / count.sum()
+        return {
+            MEAN_DEPTH: mean.expand_as(total),
+            MEAN_DEPTH_MAP: torch.where(count > 0, total / count.clamp(min=1), mean),
+        }
 
     def majority_class(self) -> int | None:
         """The class with most pixels; None without labels."""
@@ -103,8 +111,9 @@ def load_trained(feed: Feed, folder: Path) -> tuple[Probe, RoleSpec, int]:
 def evaluate(feed: Feed, folder: Path, *, split: Split | str = Split.TEST, device: str = "cpu") -> dict[str, Any]:
     """Evaluate the model of ``folder`` on ``split``; writes evaluation.json, which it returns, and examples.npz.
 
-    Each metric stands beside a trivial baseline: the training split's mean depth map (aligned by median as the
-    predictions are), its majority class, its majority room type.
+    Each metric stands beside a trivial baseline of the training split: its mean depth (aligned by median as the
+    predictions are), its majority class, its majority room type. For depth the mean of each pixel stands there too:
+    stronger, since it knows that floors are near and the middle of a picture is far.
     """
     split = Split(split)
     module, role, step = load_trained(feed, folder)
@@ -113,16 +122,17 @@ def evaluate(feed: Feed, folder: Path, *, split: Split | str = Split.TEST, devic
     with events.span("survey"):
         bank = _survey(feed, classes)
     queries, tally = Survey(), representation.Tally(classes, representation.loss_weights(feed.config))
-    baseline_depth, baseline_classes = DepthMetrics(), SegmentationMetrics(max(1, classes), ignore=IGNORE)
     mean_depth, majority = bank.mean_depth(), bank.majority_class()
+    baseline_depth = {name: DepthMetrics() for name in mean_depth}
+    baseline_classes = SegmentationMetrics(max(1, classes), ignore=IGNORE)
     examples = _Examples(feed, module, split)
     with events.span("evaluate", split=split.value):
         for batch, samples in _batches(feed, split):
             queries.add(batch, samples, classes)
             predicted = tally.update(module, role, {k: v.to(device) for k, v in batch.items() if k != "id"})
             kept = representation.rows(batch, batch["weight"] > 0)
-            if mean_depth is not None:
-                baseline_depth.update(mean_depth.expand_as(kept["depth"]), kept["depth"])
+            for name, depth in mean_depth.items():
+                baseline_depth[name].update(depth.expand_as(kept["depth"]), kept["depth"])
             if majority is not None:
                 baseline_classes.update(torch.full_like(kept["labels"], majority), kept["labels"])
             examples.add(kept, predicted, [s for s, w in zip(samples, batch["weight"].tolist(), strict=True) if w > 0])
@@ -130,10 +140,8 @@ def evaluate(feed: Feed, folder: Path, *, split: Split | str = Split.TEST, devic
         raise DataError(
             f"the {split.value} split has no sample that can be read; check the data with `loom3d data check`"
         )
-    baselines = {
-        "mean depth": baseline_depth.compute(),
-        "majority class": baseline_classes.compute(),
-    }
+    baselines = {name: numbers.compute() for name, numbers in baseline_depth.items()}
+    baselines[MAJORITY_CLASS] = baseline_classes.compute()
     metrics = _beside_baselines(tally.compute(), baselines) | _knn(bank, queries, len(feed.targets.scene_types))
     evaluation = {"split": split.value, "samples": tally.samples, "step": step, "metrics": metrics}
     _write_json(folder / "evaluation.json", evaluation)
@@ -160,14 +168,20 @@ def _batches(feed: Feed, split: Split) -> Iterator[tuple[dict[str, Any], Sequenc
 def _beside_baselines(
     numbers: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """``<head>/<metric>`` -> value, baseline, its name, and which way is better. Losses have no baseline."""
+    """``<head>/<metric>`` -> value, baseline, its name, and which way is better. Losses have no baseline.
+
+    The first baseline that has the metric stands beside it, further ones under ``also``.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for name, value in numbers.items():
         metric = name.split("/")[-1]
-        source = next((s for s, row in baselines.items() if "/" in name and metric in row), "")
-        if not source:
+        found = {source: row[metric] for source, row in baselines.items() if "/" in name and metric in row}
+        if not found:
             continue
-        rows[name] = _row(value, baselines[source][metric], source, "lower" if metric in _LOWER else "higher")
+        first, *others = found
+        rows[name] = _row(value, found[first], first, "lower" if metric in _LOWER else "higher")
+        if others:
+            rows[name]["also"] = {source: found[source] for source in others}
     return rows
 
 

@@ -24,6 +24,8 @@ class Score:
     baseline_name: str
     better: str
     """"lower" or "higher"."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Further baselines by name."""
 
     @property
     def beats_baseline(self) -> bool | None:
@@ -89,6 +91,7 @@ def _scores(evaluation: dict[str, Any]) -> list[Score]:
             baseline=None if row.get("baseline") is None else float(row["baseline"]),
             baseline_name=str(row.get("baseline_name", "")),
             better=str(row["better"]),
+            also=dict(row.get("also", {})),
         )
         for name, row in evaluation.get("metrics", {}).items()
     ]

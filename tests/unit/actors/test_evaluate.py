@@ -40,15 +40,15 @@ def test_survey_leaves_fillers_out() -> None:
     by_scene, scene_types = survey.by_scene()
     torch.testing.assert_close(by_scene, torch.tensor([[0.5**0.5, 0.5**0.5]]))
     assert scene_types.tolist() == [0]
-    mean = survey.mean_depth()
-    assert mean is not None
-    assert mean.tolist() == [[1.5, 1.5]]  # the second pixel is never known: the mean over all
+    means = survey.mean_depth()
+    assert means["mean depth"].tolist() == [[1.5, 1.5]]
+    assert means["mean depth map"].tolist() == [[1.5, 1.5]]  # the second pixel is never known: the mean over all
     assert survey.majority_class() == 1
 
 
 def test_an_empty_survey_has_no_baseline() -> None:
     survey = Survey()
-    assert survey.mean_depth() is None
+    assert survey.mean_depth() == {}
     assert survey.majority_class() is None
 
 
@@ -69,9 +69,11 @@ def test_knn_counts_views_and_scenes_with_their_majority_baseline() -> None:
 
 def test_losses_stay_out_and_directions_are_right() -> None:
     numbers = {"loss": 1.0, "loss/segmentation": 1.0, "depth_dpt/abs_rel": 0.1, "segmentation/miou": 0.5}
-    rows = _beside_baselines(numbers, {"mean depth": {"abs_rel": 0.2}, "majority class": {"miou": 0.1}})
+    baselines = {"mean depth": {"abs_rel": 0.2}, "mean depth map": {"abs_rel": 0.15}, "majority class": {"miou": 0.1}}
+    rows = _beside_baselines(numbers, baselines)
+    depth = {"value": 0.1, "baseline": 0.2, "baseline_name": "mean depth", "better": "lower"}
     assert rows == {
-        "depth_dpt/abs_rel": {"value": 0.1, "baseline": 0.2, "baseline_name": "mean depth", "better": "lower"},
+        "depth_dpt/abs_rel": depth | {"also": {"mean depth map": 0.15}},
         "segmentation/miou": {"value": 0.5, "baseline": 0.1, "baseline_name": "majority class", "better": "higher"},
     }
 

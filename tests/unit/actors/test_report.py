@@ -32,7 +32,13 @@ def make_run(folder: Path) -> Path:
                 t0 = 100 + step * 0.1
                 file.write(json.dumps({"who": who, "what": what, "t0": t0 + start, "t1": t0 + end}) + "\n")
     metrics = {
-        "depth_linear/abs_rel": {"value": 0.2, "baseline": 0.4, "baseline_name": "mean depth", "better": "lower"},
+        "depth_linear/abs_rel": {
+            "value": 0.2,
+            "baseline": 0.4,
+            "baseline_name": "mean depth",
+            "better": "lower",
+            "also": {"mean depth map": 0.375},
+        },
         "seg/miou": {"value": 0.1, "baseline": 0.2, "baseline_name": "majority class", "better": "higher"},
     }
     (folder / "evaluation.json").write_text(json.dumps({"split": "test", "samples": 12, "metrics": metrics}))
