@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from actors import driver
 from services.errors import NonFiniteError
+from services.telemetry import events
 from tests.support.probe_runs import losses, small_run
 
 pytestmark = pytest.mark.ray
@@ -52,4 +56,37 @@ def test_two_workers_agree_with_inline(folder: Path, inline: driver.RunResult) -
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_user_error_of_a_worker_arrives_as_itself(folder: Path) -> None:
     with pytest.raises(NonFiniteError, match="max_skipped_steps allows 0"):
-        ray_run(folder, "name=diverged", "trainer.lr=1e30", "trainer.clip_norm=0", "trainer.max_skipped_steps=0")
+        ray_run(
+            folder, "name=diverged", "trainer.lr=1e30", "trainer.clip_norm=0", "trainer.max_skipped_steps=0",
+            "cluster.max_failures=3",
+        )  # fmt: skip
+    found = events.read(folder / "storage" / "runs" / "diverged" / "events")
+    assert sum(event["what"] == "non_finite" for event in found) == 1, "it is not tried again"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(folder: Path) -> None:
+    settings = ("trainer.steps=40", "trainer.checkpoint_every=5", "trainer.validate_every=0")
+    undisturbed = driver.train(small_run(folder, "name=undisturbed", *settings))
+    killed = threading.Event()
+    metrics = folder / "storage" / "runs" / "killed" / "metrics.jsonl"
+
+    def kill_after(step: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed.is_set():
+            if metrics.exists() and metrics.read_text().count('"split": "train"') >= step:
+                for process in psutil.Process().children(recursive=True):
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.set()
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_after, args=(12,))
+    killer.start()
+    survivor = ray_run(folder, "name=killed", "cluster.max_failures=2", *settings)
+    killer.join()
+    assert killed.is_set()
+    assert survivor.resumed_from >= 10
+    assert losses(survivor.folder) == losses(undisturbed.folder)
+    assert survivor.metrics == undisturbed.metrics
