@@ -35,6 +35,9 @@ SETTINGS = (
     "cache.codec=none",
 )
 
+#: The architecture of DINOv2-S, for the network at random initialisation.
+ARCH = "{hidden_size: 384, num_hidden_layers: 12, num_attention_heads: 6, patch_size: 14}"
+
 
 def run(root: Path, weights: str, seed: int) -> dict[str, Any]:
     """Metrics of one run, as in evaluation.json. ``weights`` is a folder or "random"."""
@@ -45,7 +48,7 @@ def run(root: Path, weights: str, seed: int) -> dict[str, Any]:
         f"name=learn-{kind}-{seed}",
         f"seed={seed}",
         f"encoders.features.weights={weights}",
-        f"encoders.features.seed={seed}",
+        *((f"encoders.features.arch={ARCH}", f"encoders.features.seed={seed}") if kind == "random" else ()),
     ]
     return dict(driver.train(configs.load(overrides)).metrics)
 
