@@ -16,6 +16,7 @@ from typing import Any
 
 from actors import commands
 from services.runtime import threads
+from services.telemetry import logs
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -172,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: Verb, args: argparse.Namespace) -> int:
     try:
-        return verb.run(args)
+        with logs.terminal(debug=args.debug):
+            return verb.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -219,7 +221,7 @@ def _unknown(name: str, rest: list[str]) -> int:
 
 def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"loom3d {name}", description=verb.help, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and all that Ray and its workers print")
     for option in verb.options:
         parser.add_argument(option.name, **option.settings)
     if verb.configured:

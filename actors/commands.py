@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from configs import ConfigError, RunConfig
-
-
-class Progress(Protocol):
-    """Called with how far something is: counts done and in all, or the name of what is done, or both."""
-
-    def __call__(self, *state: Any) -> None: ...  # noqa: D102
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Progress]:
-    """A line on the terminal that is rewritten; nothing where standard error is no terminal."""
-    shown = sys.stderr.isatty()
-
-    def show(*state: Any) -> None:
-        if shown:
-            counts = "/".join(str(part) for part in state if isinstance(part, int))
-            names = " ".join(str(part) for part in state if isinstance(part, str))
-            print(f"\r\033[K{what} {counts} {names}", end="", file=sys.stderr, flush=True)
-
-    yield show
-    if shown:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+from services.telemetry.progress import counting
 
 
 def local_root(config: RunConfig, what: str) -> Path:
@@ -57,6 +35,9 @@ def train(args: argparse.Namespace) -> int:
     from actors import driver
 
     result = driver.train(config)
+    for name, metric in result.metrics.items():
+        baseline = "" if metric["baseline"] is None else f"   {metric['baseline_name']} {metric['baseline']:.4g}"
+        print(f"{name:<24}{metric['value']:>10.4g}{baseline}")
     print(f"run      {result.folder}")
     print(f"report   {result.report}")
     return 0
@@ -115,13 +96,13 @@ def data_make(args: argparse.Namespace) -> int:
     if args.out:
         from services.data.rooms import make_rooms
 
-        with progress("room") as show:
+        with counting("making rooms", config.logger.progress) as show:
             folder = make_rooms(config.data.rooms, Path(args.out).expanduser().absolute(), show)
     else:
         from services.data.sources import ensure_rooms
 
         local_root(config, "rooms")
-        with progress("room") as show:
+        with counting("making rooms", config.logger.progress) as show:
             folder = ensure_rooms(config.data.rooms, config.storage, show)
     print(f"{config.data.rooms.scenes} rooms of {config.data.rooms.views} views in {folder}")
     return 0
@@ -132,7 +113,7 @@ def data_index(args: argparse.Namespace) -> int:
     config = configure(args)
     from services.data.sources import run_index
 
-    with progress("entry") as show:
+    with counting("", config.logger.progress) as show:
         reports = run_index(config, show)
     for report in reports:
         print("\n".join(report.lines()))
@@ -151,7 +132,7 @@ def data_check(args: argparse.Namespace) -> int:
         if not name or not file:
             raise ConfigError(f"--against {text}: write NAME=FILE, a text file with one scene id a line")
         sets[name] = Path(file).expanduser()
-    with progress("scene") as show:
+    with counting("checking", config.logger.progress) as show:
         reports = run_check(config, out, sets, show)
     for report in reports:
         print("\n".join(report.lines()))
@@ -167,7 +148,7 @@ def data_questions(args: argparse.Namespace) -> int:
     from services.data.questions import run_questions
 
     out = Path(args.out).expanduser() if args.out else local_root(config, "questions") / "questions"
-    with progress("scene") as show:
+    with counting("questions about", config.logger.progress) as show:
         lines = run_questions(config, out, show)
     print("\n".join(lines))
     return 0
@@ -210,7 +191,7 @@ def features_warm(args: argparse.Namespace) -> int:
     broken = 0
     with open_cache(config) as store:
         for name in [args.source] if args.source else list(manifests):
-            with progress(f"encode {name}") as show:
+            with counting(f"encoding {name}", config.logger.progress) as show:
                 found = warm(
                     config, store, name, manifests[name], encoder=args.encoder, splits=args.split, progress=show
                 )

@@ -61,6 +61,7 @@ def train(config: RunConfig) -> RunResult:
         pool = running.enter_context(_services(config, folder))
         feed = running.enter_context(_feed(config, manifests, pool))
         _record(config, folder, feed)
+        _log.info("training %d steps; features that are not stored yet are encoded on the way", config.trainer.steps)
         with events.span("train"), _progress(config, folder):
             trained = _train(config, folder, feed, pool)
         _log.info("evaluating on held-out data")

@@ -76,7 +76,7 @@ def open_sources(
         config: The run.
         revalidate: Compare the files behind existing manifests with their stamps. Worker processes that start after
             the driver did so may pass False.
-        progress: Called with (done, total, last id) while rooms are made or a source is read.
+        progress: Called with (done, total, what is done) while rooms are made or a source is read.
 
     Raises:
         ConfigError: No source is configured, or one of its settings is unknown.
@@ -99,18 +99,23 @@ def _open(config: RunConfig, revalidate: bool, progress: Progress | None) -> dic
         with events.span("index", source=name) as fields:
             resolved = resolve_source(source, config.data.rooms, config.storage)
             if not source.root and (revalidate or not manifest_path(name, resolved, config.storage).exists()):
-                ensure_rooms(config.data.rooms, config.storage, progress)
+                ensure_rooms(config.data.rooms, config.storage, _naming("making rooms", progress))
             manifest, report = index_source(
                 name,
                 resolved,
                 config.storage,
                 max_broken=config.data.max_broken,
                 revalidate=revalidate,
-                progress=progress,
+                progress=_naming(f"indexing {name}", progress),
             )
             fields.update(entries=len(manifest), reused=report.reused)
             opened[name] = (manifest, report)
     return opened
+
+
+def _naming(what: str, progress: Progress | None) -> Progress | None:
+    """The callback, told what is done instead of to which scene or item."""
+    return None if progress is None else lambda done, total, _: progress(done, total, what)
 
 
 def index_source(

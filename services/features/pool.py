@@ -23,7 +23,7 @@ from services.features.router import PoolRouter, RouterStats
 from services.features.sink import StoredUpstream, StoreSink, open_store
 from services.features.worker import EncoderWorker, QueueFullError, WorkerStats
 from services.runtime import calls, supervise
-from services.telemetry import events
+from services.telemetry import logs
 
 NAMESPACE = "loom3d"
 RESOURCE = "role_feature"
@@ -50,7 +50,7 @@ class ReplicaShell:
         # Ray sets one thread for an actor that asks for no CPU; "torch's default" means the machine's.
         torch.set_num_threads(config.service.threads or len(os.sched_getaffinity(0)))
         if events_folder:
-            events.configure(Path(events_folder), name)
+            logs.record(Path(events_folder), name)
         store = open_store(config)
         sink = StoreSink(config, store) if store is not None else None
         self._worker = EncoderWorker(

@@ -25,6 +25,7 @@ from configs.schema import ClusterConfig, RunConfig
 from services.errors import ServiceError
 from services.runtime import threads
 from services.runtime.placement import role_resource
+from services.telemetry import logs
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def setup_worker() -> None:
 
     ``models`` first: it declares what ``import torchvision`` needs beside a CPU build of torch. Then threads: Ray
     gives one to a worker that asks for no CPU; LOOM3D_THREADS says how many are meant. And one logger that would
-    bury the progress line is made quiet.
+    fill the worker's log file is made quiet.
     """
     import models  # noqa: F401
 
@@ -130,7 +131,8 @@ def attach(address: str) -> Cluster:
     submitted = "worker_process_setup_hook" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
     environment = {} if submitted else {"worker_process_setup_hook": SETUP_HOOK}
     try:
-        ray.init(address=address, runtime_env=environment, log_to_driver=True, configure_logging=False)
+        # What our code says in a worker comes as events of the run (services/telemetry/logs.py).
+        ray.init(address=address, runtime_env=environment, log_to_driver=logs.debugging(), configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ServiceError(
             f"there is no Ray cluster to attach to at cluster.address={address!r}: {error}. Start one with "
@@ -139,15 +141,18 @@ def attach(address: str) -> Cluster:
     return Cluster(address=ray.get_runtime_context().gcs_address, started=True)
 
 
-def stop(cluster: Cluster) -> None:
-    """Leave the cluster; end it where we started it. Safe to call twice."""
+def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
+    """Leave the cluster; end it where we started it. Safe to call twice. ``keep_logs`` leaves Ray's session logs."""
     if not cluster.started or "ray" not in sys.modules:
         return
     import ray
 
     ray.shutdown()
     if cluster.folder is not None:
-        shutil.rmtree(cluster.folder, ignore_errors=True)
+        if keep_logs and cluster.folder.exists():
+            _log.warning("Ray's own logs of this run are kept in %s", cluster.folder / "session_latest" / "logs")
+        else:
+            shutil.rmtree(cluster.folder, ignore_errors=True)
         for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH"):
             # They point into a folder that is gone; a next run in this process makes its own.
             if os.environ.get(name, "").startswith(str(cluster.folder)):
@@ -158,12 +163,15 @@ def stop(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def running(config: RunConfig) -> Iterator[Cluster]:
-    """:func:`start` for a block, then :func:`stop`."""
-    cluster = start(config)
+    """:func:`start` for a block, then :func:`stop`. Ray's logs are kept where a service failed, or for ``--debug``."""
+    cluster, keep = start(config), logs.debugging()
     try:
         yield cluster
+    except ServiceError:
+        keep = True
+        raise
     finally:
-        stop(cluster)
+        stop(cluster, keep_logs=keep)
 
 
 def _start_local(config: RunConfig) -> Cluster:
@@ -188,7 +196,7 @@ def _start_local(config: RunConfig) -> Cluster:
             object_store_memory=config.cluster.object_store_bytes,
             include_dashboard=False,
             runtime_env=worker_environment(),
-            log_to_driver=True,
+            log_to_driver=logs.debugging(),
             configure_logging=False,
             _temp_dir=str(folder),
         )

@@ -31,6 +31,11 @@ def configure(folder: Path | None, who: str) -> None:
             _path = folder / f"{who}.jsonl"
 
 
+def name() -> str:
+    """What this process is called in the events; "" before :func:`configure`."""
+    return _who
+
+
 def emit(what: str, t0: float, t1: float, **fields: Any) -> None:
     """Record that ``what`` lasted from ``t0`` to ``t1`` (Unix seconds). Fields are JSON values."""
     if _path is None:

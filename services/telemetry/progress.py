@@ -10,13 +10,51 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from configs.schema import LoggerConfig
 from services.telemetry.loggers import METRICS_FILE
 
 PLAIN_EVERY_S = 5.0
+_CLEAR = "\r\033[K"
+
+
+class Counter(Protocol):
+    """Called with how far something is: counts done and in all, or the name of what is done, or both."""
+
+    def __call__(self, *state: Any) -> None: ...  # noqa: D102
+
+
+@contextmanager
+def counting(what: str, mode: str = "auto", *, stream: TextIO | None = None) -> Iterator[Counter]:
+    """A line of counts, in the modes of ``logger.progress``: drawn anew on a terminal, now and then elsewhere.
+
+    ``what`` names the work where the calls of the counter do not.
+    """
+    out = stream if stream is not None else sys.stderr
+    drawn = mode == "auto" and out.isatty()
+    last = time.monotonic()
+
+    def show(*state: Any) -> None:
+        nonlocal last
+        counts = "/".join(str(part) for part in state if isinstance(part, int))
+        names = " ".join(str(part) for part in state if isinstance(part, str))
+        text = " ".join(part for part in (what, names, counts) if part)
+        if drawn:
+            out.write(_CLEAR + text)
+            out.flush()
+        elif mode != "off" and time.monotonic() - last >= PLAIN_EVERY_S:
+            last = time.monotonic()
+            out.write(text + "\n")
+            out.flush()
+
+    yield show
+    if drawn:
+        out.write(_CLEAR)
+        out.flush()
 
 
 class Progress:
@@ -30,7 +68,7 @@ class Progress:
             self._mode = "line" if self._stream.isatty() else "plain"
         self._first: tuple[int, float] | None = None
         self._last_plain = 0.0
-        self._width = 0
+        self._drawn = False
 
     def update(self, step: int, **fields: Any) -> None:
         """Show that ``step`` steps are done. Known fields: loss, samples_per_s, wait_share, hit_rate; others as is."""
@@ -41,8 +79,8 @@ class Progress:
             return
         text = self._text(step, now, fields)
         if self._mode == "line":
-            self._stream.write("\r" + text.ljust(self._width))
-            self._width = len(text)
+            self._stream.write(_CLEAR + text)
+            self._drawn = True
             self._stream.flush()
         elif now - self._last_plain >= PLAIN_EVERY_S or step >= self.total:
             self._last_plain = now
@@ -51,7 +89,7 @@ class Progress:
 
     def close(self) -> None:
         """End the line."""
-        if self._mode == "line" and self._width:
+        if self._drawn:
             self._stream.write("\n")
             self._stream.flush()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import configs
-from actors import cli, commands
+from actors import cli
 from services.errors import DataError
 
 ROOMS = ["data.rooms.scenes=3", "data.rooms.views=2", "data.rooms.width=32", "data.rooms.height=24"]
@@ -240,9 +240,3 @@ def test_train_passes_on_named_errors(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(driver, "train", train)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "loom3d: DataError: /a/b.png is broken\n"
-
-
-def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with commands.progress("scene") as show:
-        show(1, 2, "a")
-    assert capsys.readouterr().err == ""

@@ -5,8 +5,11 @@ import json
 import threading
 from pathlib import Path
 
+import pytest
+
 from configs.schema import LoggerConfig
-from services.telemetry.progress import Progress, follow
+from services.telemetry import progress as module
+from services.telemetry.progress import Progress, counting, follow
 
 
 def test_plain_lines_name_what_they_show() -> None:
@@ -37,3 +40,31 @@ def test_follow_shows_training_lines_after_the_start(tmp_path: Path) -> None:
     stop.set()
     follow(tmp_path, Progress(4, LoggerConfig(progress="plain"), stream=stream), stop, start_at=len(old), period_s=0)
     assert stream.getvalue() == "step 4/4  loss 0.5  hits 25%\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_counts_are_drawn_anew_on_a_terminal_and_cleared_at_the_end() -> None:
+    stream = Terminal()
+    with counting("encoding", stream=stream) as show:
+        show(1, 2, "room_0000")
+    assert stream.getvalue() == "\r\033[Kencoding room_0000 1/2\r\033[K"
+
+
+def test_counts_are_lines_now_and_then_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    with counting("", stream=stream) as show:
+        show(1, 9, "making rooms")
+        monkeypatch.setattr(module, "PLAIN_EVERY_S", 0.0)
+        show(2, 9, "making rooms")
+    assert stream.getvalue() == "making rooms 2/9\n"
+
+
+def test_counts_can_be_off() -> None:
+    stream = Terminal()
+    with counting("encoding", "off", stream=stream) as show:
+        show(1, 2)
+    assert stream.getvalue() == ""
