@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from configs.schema import (
     TrainerConfig,
 )
 from infra.bench.harness import Bench, Context, Measured, Target, main
-from services.contracts import ImageRef, PlanSample, Scene, Split, Tensor, View
+from services.contracts import ImageRef, PlanSample, Split, Tensor, View
 from services.features.client import FeatureClient
 from services.features.store import FeatureStore
 from services.streams.loader import LoadedStep, Loader, Steps
@@ -64,16 +64,19 @@ class _Records:
     def __init__(self, count: int) -> None:
         digests = tuple(hashlib.sha256(b"%d" % i).hexdigest() for i in range(count))
         self.entries = [_Entry("scene", count, digests)]
-        self._scene = Scene(id="scene", views=tuple(View(image=ImageRef(path=f"/none/{i}")) for i in range(count)))
+        self.scene_types: tuple[str, ...] = ()
 
     def of_split(self, split: Split) -> list[_Entry]:
         return [entry for entry in self.entries if entry.split == split]
 
-    def entry(self, _: str) -> _Entry:
-        return self.entries[0]
+    def scene_type(self, _: str) -> None:
+        return None
 
-    def scene(self, _: str) -> Scene:
-        return self._scene
+    def views(self, _: str, places: Sequence[int]) -> list[View]:
+        return [View(image=ImageRef(path=f"/none/{place}")) for place in places]
+
+    def digests(self, _: str, places: Sequence[int]) -> list[str]:
+        return [self.entries[0].digests[place] for place in places]
 
 
 class _KeysOf:

@@ -1,6 +1,7 @@
 """Scenes and items as bytes: compressed JSON of what differs from the defaults, with paths rewritten on the way.
 
-Floats survive exactly (JSON writes the shortest text that reads back to the same number).
+Views are kept apart, a few in a block, so that one of a thousand can be had without the others. Floats survive
+exactly (JSON writes the shortest text that reads back to the same number).
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import json
 import types
 import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cache
 from typing import Any
 
-from services.contracts import Item, Scene
+from services.contracts import Item, Scene, View
 
 Rewrite = Callable[[str], str]
 _KINDS: dict[str, Any] = {"scene": Scene, "item": Item}
+BLOCK = 8
+"""Views in a block: a tenth of a millisecond to decode, and the bytes a view of a whole scene in one piece."""
 
 
 def to_plain(value: Any, rewrite: Rewrite) -> Any:
@@ -39,15 +42,30 @@ def to_plain(value: Any, rewrite: Rewrite) -> Any:
     return value
 
 
-def encode(record: Scene | Item, rewrite: Rewrite) -> bytes:
-    """``record`` as compressed bytes."""
-    text = json.dumps(to_plain(record, rewrite), separators=(",", ":"), allow_nan=False)
+def encode(record: Scene | Item, rewrite: Rewrite) -> tuple[bytes, tuple[bytes, ...]]:
+    """``record`` without its views as compressed bytes, and its views in blocks of :data:`BLOCK`."""
+    views = record.views if isinstance(record, Scene) else ()
+    bare = dataclasses.replace(record, views=()) if isinstance(record, Scene) else record
+    blocks = (views[start : start + BLOCK] for start in range(0, len(views), BLOCK))
+    return _packed(bare, rewrite), tuple(_packed(block, rewrite) for block in blocks)
+
+
+def _packed(value: Any, rewrite: Rewrite) -> bytes:
+    text = json.dumps(to_plain(value, rewrite), separators=(",", ":"), allow_nan=False)
     return zlib.compress(text.encode(), level=1)
 
 
-def decode(data: bytes, kind: str, rewrite: Rewrite) -> Scene | Item:
+def decode(data: bytes, kind: str, rewrite: Rewrite, blocks: Iterable[bytes] = ()) -> Scene | Item:
     """The record that :func:`encode` was given; ``kind`` is "scene" or "item"."""
-    return typing.cast("Scene | Item", _builder(_KINDS[kind])(json.loads(zlib.decompress(data)), rewrite))
+    plain = json.loads(zlib.decompress(data))
+    if kind == "scene":
+        plain["views"] = [view for block in blocks for view in json.loads(zlib.decompress(block))]
+    return typing.cast("Scene | Item", _builder(_KINDS[kind])(plain, rewrite))
+
+
+def decode_views(block: bytes, rewrite: Rewrite) -> tuple[View, ...]:
+    """The views of one block."""
+    return typing.cast("tuple[View, ...]", _builder(tuple[View, ...])(json.loads(zlib.decompress(block)), rewrite))
 
 
 Builder = Callable[[Any, Rewrite], Any]

@@ -19,8 +19,9 @@ from services.contracts import ImageRef, Item, Scene, View
 from services.data.codec import encode, to_plain
 from services.data.digests import Digester, FileDigest, Stamp, digest_file
 from services.data.images import image_size
-from services.data.manifest import Facts, Guard, Manifest, Row
+from services.data.manifest import Facts, Manifest
 from services.data.readers import Notes, Reader
+from services.data.rows import Guard, Row
 from services.errors import DataError, QuarantineLimitError
 
 Progress = Callable[[int, int, str], None]
@@ -79,6 +80,7 @@ class Ingest:
             files.content(str(path))
         for path in notes.containers:
             files.container(str(path))
+        bare, blocks = encode(record, files.relative)
         plain = json.dumps(to_plain(record, lambda _: ""), sort_keys=True).encode()
         return Row(
             id=scene_id,
@@ -88,7 +90,8 @@ class Ingest:
             length=text_length(record),
             digests=digests,
             content=hashlib.sha256(b"".join([hashlib.sha256(plain).digest(), *digests, *others])).digest(),
-            record=encode(record, files.relative),
+            record=bare,
+            views=blocks,
             guards=tuple(files.guards.values()),
             dropped=dict(notes.dropped),
         )

@@ -1,9 +1,10 @@
 """The manifest of a source: what it holds, named by content, made at ingest and revalidated at every start.
 
 A manifest is one immutable file: two Arrow IPC streams (entries, guarded files) and a checksum of both. It is mapped,
-and a scene is decoded only when it is asked for, so millions of items cost what is used of them. Its ``digest`` covers
-ids, splits, classes, pixels and everything else the reader found (poses, intrinsics, boxes, text), but no path, no
-time and no root: moving a source changes nothing. Size, time and inode of the files behind it guard the digests.
+and what is asked for is decoded (a scene, or some of its views), so millions of items cost what is used of them. Its
+``digest`` covers ids, splits, classes, pixels and everything else the reader found (poses, intrinsics, boxes, text),
+but no path, no time and no root: moving a source changes nothing. Size, time and inode of the files behind it guard
+the digests.
 """
 
 from __future__ import annotations
@@ -25,83 +26,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from services.contracts import Item, Scene, Split
-from services.data.codec import decode
+from services.contracts import Item, Scene, Split, View
+from services.data.codec import BLOCK, decode, decode_views
 from services.data.digests import Stamp, digest_file
+from services.data.rows import CHUNK, FILES, Entries, Entry, Guard, Row, Tables, guards_of
 from services.errors import DataError
 
-LAYOUT = 1
+LAYOUT = 2
 _MAGIC = b"LOOM3DMF"
-# Rows that are turned into Python objects at a time.
-_CHUNK = 4096
-_DIGEST = pa.binary(32)
-_ENTRIES = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("split", pa.string()),
-        ("scene_type", pa.string()),
-        ("length", pa.int64()),
-        ("digests", pa.large_list(_DIGEST)),
-        ("content", _DIGEST),
-        ("record", pa.large_binary()),
-        ("dropped", pa.string()),
-        ("files", pa.large_list(pa.int32())),
-    ]
-)
-_FILES = pa.schema(
-    [
-        ("path", pa.large_string()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("inode", pa.uint64()),
-        ("digest", _DIGEST),
-        ("shared", pa.bool_()),
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One scene or item, without its record."""
-
-    id: str
-    kind: str
-    """"scene" or "item"."""
-    split: Split | None
-    digests: tuple[str, ...]
-    """Content digest of each view or image, hexadecimal sha256."""
-    n_views: int
-    scene_type: str | None
-    length: int
-    """Estimated tokens of the text (a quarter of its UTF-8 bytes); 0 where there is none."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Guard:
-    """A file that an entry depends on. Without a digest, another stamp alone means that it changed."""
-
-    path: str
-    """Relative to the source's root, or absolute where it lies elsewhere."""
-    stamp: Stamp
-    digest: bytes | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """What ingest made of one scene or item."""
-
-    id: str
-    kind: str
-    split: Split | None
-    scene_type: str | None
-    length: int
-    digests: tuple[bytes, ...]
-    content: bytes
-    """sha256 over the record without its paths, and over the content of every file that it names."""
-    record: bytes
-    guards: tuple[Guard, ...]
-    dropped: dict[str, int] = field(default_factory=dict)
+# Blocks of views that stay decoded, some 2 kB a view: neighbours are asked for together, and by several consumers.
+_BLOCKS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +80,12 @@ class Manifest:
         self.digest = digest
         self._entries = entries
         self._files = files
-        # A scene of a thousand views takes milliseconds to decode and is asked for once a view.
-        self._decoded = lru_cache(maxsize=128)(self._decode)
+        self._blocks = lru_cache(maxsize=_BLOCKS)(self._block)
 
     @classmethod
     def build(cls, facts: Facts, rows: Iterable[Row], shared: Sequence[Guard] = ()) -> Manifest:
         """A manifest of ``rows`` in their order; ``shared`` guards files that all of them depend on."""
-        tables = _Tables(shared)
+        tables = Tables(shared)
         seen: set[str] = set()
         for row in rows:
             if row.id in seen:
@@ -180,7 +113,7 @@ class Manifest:
     @property
     def entries(self) -> Sequence[Entry]:
         """All entries, made when they are looked at."""
-        return _Entries(self._entries)
+        return Entries(self._entries)
 
     @property
     def ids(self) -> list[str]:
@@ -201,12 +134,16 @@ class Manifest:
 
     def entry(self, entry_id: str) -> Entry:
         """The entry of that id. DataError when there is none."""
-        return _Entries(self._entries)[self._row(entry_id)]
+        return Entries(self._entries)[self._row(entry_id)]
 
-    def of_split(self, split: Split | str) -> list[Entry]:
-        """Entries of a split in order."""
-        chosen = self._entries.filter(pc.equal(self._entries.column("split"), Split(split).value))
-        return list(_Entries(chosen))
+    def of_split(self, split: Split | str) -> Sequence[Entry]:
+        """Entries of a split in order, made when they are looked at."""
+        return Entries(self._entries.filter(pc.equal(self._entries.column("split"), Split(split).value)))
+
+    @property
+    def scene_types(self) -> tuple[str, ...]:
+        """Every type of scene (label of an item) that occurs, sorted."""
+        return tuple(sorted(pc.unique(self._entries.column("scene_type")).drop_null().to_pylist()))
 
     def splits(self) -> dict[str, int]:
         """Number of entries in each split; those of none count as "none"."""
@@ -217,8 +154,28 @@ class Manifest:
         return int(pc.sum(pc.list_value_length(self._entries.column("digests"))).as_py() or 0)
 
     def scene(self, entry_id: str) -> Scene | Item:
-        """The scene or item with absolute paths. The last 128 are kept decoded."""
-        return self._decoded(self._row(entry_id))
+        """The scene or item, whole, with absolute paths. A scene of a thousand views takes tens of milliseconds."""
+        row = self._row(entry_id)
+        record, kind, blocks = (self._value(name, row).as_py() for name in ("record", "kind", "views"))
+        return decode(record, kind, self.absolute, blocks)
+
+    def views(self, entry_id: str, places: Sequence[int]) -> list[View]:
+        """Some views of a scene with absolute paths; the images of an item as views that are nothing else.
+
+        Costs what these views cost, however many the scene has. DataError when it has no such view.
+        """
+        row = self._row_with(entry_id, places)
+        return [self._blocks(row, place // BLOCK)[place % BLOCK] for place in places]
+
+    def digests(self, entry_id: str, places: Sequence[int]) -> list[str]:
+        """Content digests of some views or images, as in the entry. DataError when there is no such view."""
+        values = self._value("digests", self._row_with(entry_id, places)).values
+        return [values[place].as_py().hex() for place in places]
+
+    def scene_type(self, entry_id: str) -> str | None:
+        """Type of the scene (label of the item), None where it has none."""
+        kind: str | None = self._value("scene_type", self._row(entry_id)).as_py()
+        return kind
 
     def dropped(self) -> Counter[str]:
         """Views that were left out, by reason."""
@@ -231,33 +188,33 @@ class Manifest:
     def rows(self, ids: Iterable[str]) -> Iterator[Row]:
         """What :meth:`build` was given for these entries."""
         places = [self._row(entry_id) for entry_id in ids]
-        for start in range(0, len(places), _CHUNK):
-            part = self._entries.take(places[start : start + _CHUNK])
+        for start in range(0, len(places), CHUNK):
+            part = self._entries.take(places[start : start + CHUNK])
             numbers = pc.list_flatten(part.column("files"))
-            guards = iter(_guards(self._files.take(numbers)))
+            guards = iter(guards_of(self._files.take(numbers)))
             for values in part.to_pylist():
                 count = len(values.pop("files"))
                 values["split"] = Split(values["split"]) if values["split"] else None
-                values["digests"] = tuple(values["digests"])
+                values |= {name: tuple(values[name]) for name in ("digests", "views")}
                 values["dropped"] = json.loads(values["dropped"]) if values["dropped"] else {}
                 yield Row(**values, guards=tuple(islice(guards, count)))
 
     def shared_guards(self) -> list[Guard]:
         """Guards of the files that all entries depend on."""
-        return _guards(self._files.filter(self._files.column("shared")))
+        return guards_of(self._files.filter(self._files.column("shared")))
 
     def revalidate(self, workers: int = 8) -> Changes:
         """Compare every guarded file with its stamp and read again only those that differ."""
         paths = self._files.column("path").to_pylist()
         with ThreadPoolExecutor(workers) as pool:
             # A future a file would cost more than the call it makes.
-            parts = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+            parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
             now = [stamp for stamps in pool.map(self._stamps, parts) for stamp in stamps]
             stored = zip(*(_numpy(self._files, name).tolist() for name in ("size", "mtime_ns", "inode")), strict=True)
             suspects = [i for i, (new, old) in enumerate(zip(now, stored, strict=True)) if new != Stamp(*old)]
             if not suspects:
                 return Changes(manifest=self)
-            same = list(pool.map(self._same_content, _guards(self._files.take(suspects))))
+            same = list(pool.map(self._same_content, guards_of(self._files.take(suspects))))
         touched = {index: now[index] for index, is_same in zip(suspects, same, strict=True) if is_same}
         changed = [index for index, is_same in zip(suspects, same, strict=True) if not is_same]
         shared = _numpy(self._files, "shared")
@@ -328,9 +285,27 @@ class Manifest:
         except KeyError:
             raise DataError(f"source {self.name!r} has no scene or item {entry_id!r} ({len(self)} entries)") from None
 
-    def _decode(self, index: int) -> Scene | Item:
-        record, kind = self._entries.column("record")[index].as_py(), self._entries.column("kind")[index].as_py()
-        return decode(record, kind, self.absolute)
+    def _row_with(self, entry_id: str, places: Sequence[int]) -> int:
+        """The row of an entry that has all these views."""
+        row = self._row(entry_id)
+        count = len(self._value("digests", row).values)
+        wrong = [place for place in places if not 0 <= place < count]
+        if wrong:
+            raise DataError(
+                f"source {self.name!r}: {entry_id!r} has {count} views, not {wrong}; index the source again"
+            )
+        return row
+
+    def _value(self, name: str, row: int) -> Any:
+        return self._entries.column(name)[row]
+
+    def _block(self, row: int, number: int) -> tuple[View, ...]:
+        """Views ``number * BLOCK`` and the following ones of a row."""
+        if self._value("kind", row).as_py() == "scene":
+            return decode_views(self._value("views", row).values[number].as_py(), self.absolute)
+        item = decode(self._value("record", row).as_py(), "item", self.absolute)
+        assert isinstance(item, Item)
+        return tuple(View(image=image) for image in item.images[number * BLOCK : (number + 1) * BLOCK])
 
     def absolute(self, path: str) -> str:
         """A path of the manifest as an absolute one."""
@@ -361,97 +336,12 @@ class Manifest:
         files = self._files
         for name, values in columns.items():
             place = files.schema.get_field_index(name)
-            files = files.set_column(place, _FILES.field(name), pa.array(values, _FILES.field(name).type))
+            files = files.set_column(place, FILES.field(name), pa.array(values, FILES.field(name).type))
         return Manifest(self.facts, self.digest, self._entries, files)
 
 
-class _Entries(Sequence[Entry]):
-    """Entries made on demand, many at a time where many are asked for."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table.select(["id", "kind", "split", "scene_type", "length", "digests"])
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __iter__(self) -> Iterator[Entry]:
-        for start in range(0, len(self), _CHUNK):
-            yield from _made(self._table.slice(start, _CHUNK))
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return _made(self._table.slice(index % len(self), 1))[0]
-
-
-class _Tables:
-    """Collects rows; a file that several rows name is kept once."""
-
-    def __init__(self, shared: Sequence[Guard]) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in _ENTRIES.names}
-        self._guards: dict[str, tuple[int, Guard, bool]] = {}
-        for guard in shared:
-            self._number(guard, True)
-
-    def _number(self, guard: Guard, shared: bool) -> int:
-        return self._guards.setdefault(guard.path, (len(self._guards), guard, shared))[0]
-
-    def add(self, row: Row) -> None:
-        for name in ("id", "kind", "scene_type", "length", "content", "record"):
-            self._columns[name].append(getattr(row, name))
-        self._columns["split"].append(row.split.value if row.split else None)
-        self._columns["digests"].append(list(row.digests))
-        self._columns["dropped"].append(json.dumps(row.dropped) if row.dropped else None)
-        self._columns["files"].append([self._number(guard, False) for guard in row.guards])
-
-    def finish(self) -> tuple[pa.Table, pa.Table]:
-        guards = list(self._guards.values())
-        files = {
-            "path": [guard.path for _, guard, _ in guards],
-            "size": [guard.stamp.size for _, guard, _ in guards],
-            "mtime_ns": [guard.stamp.mtime_ns for _, guard, _ in guards],
-            "inode": [guard.stamp.inode for _, guard, _ in guards],
-            "digest": [guard.digest for _, guard, _ in guards],
-            "shared": [shared for _, _, shared in guards],
-        }
-        return pa.table(self._columns, schema=_ENTRIES), pa.table(files, schema=_FILES)
-
-
-def _made(table: pa.Table) -> list[Entry]:
-    """Entries of a few rows, column by column: a corpus has millions."""
-    lists = table.column("digests").combine_chunks()
-    ends = np.cumsum(pc.list_value_length(lists).to_numpy())
-    text = b"".join(lists.flatten().to_pylist()).hex()
-    columns = [table.column(name).to_pylist() for name in ("id", "kind", "split", "scene_type", "length")]
-    entries, start = [], 0
-    for end, entry_id, kind, split, scene_type, length in zip(ends.tolist(), *columns, strict=True):
-        digests = tuple(text[64 * place : 64 * place + 64] for place in range(start, end))
-        entries.append(
-            Entry(
-                id=entry_id,
-                kind=kind,
-                split=Split(split) if split else None,
-                digests=digests,
-                n_views=end - start,
-                scene_type=scene_type,
-                length=length,
-            )
-        )
-        start = end
-    return entries
-
-
-def _guards(files: pa.Table) -> list[Guard]:
-    return [
-        Guard(path=row["path"], stamp=Stamp(row["size"], row["mtime_ns"], row["inode"]), digest=row["digest"])
-        for row in files.to_pylist()
-    ]
-
-
 def _digest(classes: tuple[str, ...], entries: pa.Table) -> str:
-    total = sha256(json.dumps(["loom3d-manifest", LAYOUT, classes]).encode())
+    total = sha256(json.dumps(["loom3d-manifest", 1, classes]).encode())
     columns = [entries.column(name).to_pylist() for name in ("id", "split", "content")]
     for entry_id, split, content in zip(*columns, strict=True):
         total.update(json.dumps([entry_id, split]).encode() + content)

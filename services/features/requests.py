@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from configs.schema import EncoderConfig, RunConfig
 from models.encoders.base import InputKind
 from models.encoders.families import input_kind
-from services.contracts import FeatureRequest, ImageRef, Item, PlanSample, Scene, ViewRole
+from services.contracts import FeatureRequest, ImageRef, PlanSample, View, ViewRole
 from services.errors import ConfigError, DataError
 from services.features.keys import feature_key
 
@@ -16,11 +16,11 @@ from services.features.keys import feature_key
 class ManifestLike(Protocol):
     """What is needed of a manifest."""
 
-    def entry(self, entry_id: str, /) -> Any:
-        """The entry with its content digests, one a view."""
+    def views(self, entry_id: str, places: Sequence[int], /) -> Sequence[View]:
+        """Some views of a scene, or images of an item, with absolute paths. DataError when there is no such view."""
 
-    def scene(self, entry_id: str, /) -> Scene | Item:
-        """The scene or item, its paths absolute."""
+    def digests(self, entry_id: str, places: Sequence[int], /) -> Sequence[str]:
+        """Their content digests."""
 
 
 def encoder_config(name: str, config: RunConfig) -> EncoderConfig:
@@ -84,17 +84,11 @@ def text_request(text: str, sample_id: str, encoder_name: str) -> FeatureRequest
 
 
 def _pictures(sample: PlanSample, manifest: ManifestLike) -> tuple[tuple[ImageRef, ...], tuple[str, ...]]:
-    scene = manifest.scene(sample.item)
-    refs = [view.image for view in scene.views] if isinstance(scene, Scene) else list(scene.images)
-    digests = manifest.entry(sample.item).digests
     wanted = [view.index for view in sample.views]
-    wrong = [index for index in wanted if not 0 <= index < min(len(refs), len(digests))]
-    if wrong or not wanted:
-        raise DataError(
-            f"sample {sample.id!r} asks for views {wrong or 'none'} of {sample.item!r}, which has {len(refs)}; "
-            "index the source again"
-        )
-    return tuple(refs[i] for i in wanted), tuple(digests[i] for i in wanted)
+    if not wanted:
+        raise DataError(f"sample {sample.id!r} asks for no view of {sample.item!r}; an encoder of pictures needs one")
+    views, digests = manifest.views(sample.item, wanted), manifest.digests(sample.item, wanted)
+    return tuple(view.image for view in views), tuple(digests)
 
 
 def _request(

@@ -19,7 +19,7 @@ import numpy as np
 from configs import RunConfig
 from models.encoders.preprocess import crop_box
 from models.spec import TensorSpec
-from services.contracts import DepthRef, FeatureKey, Intrinsics, Item, PlanSample, Record, Tensor, View
+from services.contracts import DepthRef, FeatureKey, Intrinsics, PlanSample, Record, Tensor, View
 from services.data.digests import Stamp, digest_file
 from services.data.images import image_size, load_depth, load_ids
 from services.errors import CacheError, DataError
@@ -124,9 +124,7 @@ class Targets:
         self.height, self.width = encoder.height, encoder.width
         self._manifests = dict(manifests)
         self.classes, self._tables = _class_tables(self._manifests)
-        self.scene_types = tuple(
-            sorted({e.scene_type for m in manifests.values() for e in m.entries if e.scene_type is not None})
-        )
+        self.scene_types = tuple(sorted({kind for m in manifests.values() for kind in m.scene_types}))
         if store is not None and store.codec != "none":
             store = open_target_store(config)  # a lossy codec would round depth
         self._namespace: Any = None
@@ -168,15 +166,15 @@ class Targets:
         return answers
 
     def _targets(self, sample: PlanSample) -> Record:
-        scene = self._manifests[sample.source].scene(sample.item)
-        if isinstance(scene, Item):
+        if sample.kind == "item":
             return {}
-        records = [self._view(scene.views[view.index]) for view in sample.views]
+        manifest = self._manifests[sample.source]
+        records = [self._view(view) for view in manifest.views(sample.item, [view.index for view in sample.views])]
         table = self._tables[sample.source]
         depth = np.stack([record["depth"].data for record in records])
         labels = np.stack([_to_labels(record["ids"].data, table) for record in records])
         one_view = sample.kind == "view"
-        kind = scene.scene_type
+        kind = manifest.scene_type(sample.item)
         index = self.scene_types.index(kind) if kind in self.scene_types else IGNORE
         return {
             "depth": Tensor(data=depth[0] if one_view else depth, dtype="float32"),

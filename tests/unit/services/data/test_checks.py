@@ -20,7 +20,7 @@ from services.data.checks.findings import Finding, write_quarantine
 from services.data.checks.geometry import best_overlap, small_depth, wrong_scales
 from services.data.checks.repeats import normalised
 from services.data.digests import content_digest
-from services.data.manifest import Entry
+from services.data.rows import Entry
 from services.errors import DataError
 from services.streams.ledger import read_quarantine
 from tests.unit.services.data import toy_scene

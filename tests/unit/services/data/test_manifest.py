@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from configs.schema import SourceConfig, StorageConfig
-from services.contracts import Scene, Split
+from services.contracts import ImageRef, Item, Scene, Split, Turn, View
+from services.data.codec import BLOCK, decode_views, encode
 from services.data.images import load_depth, load_image
 from services.data.ingest import index_reader
 from services.data.manifest import Facts, Manifest
 from services.data.readers import open_reader
+from services.data.rows import Row
 from services.data.sources import index_source
 from services.errors import DataError
 from tests.support.layouts import SMALL_K, save_color, small_views, write_scannet
@@ -61,6 +63,55 @@ def test_scenes_come_back_whole_with_absolute_paths(root: Path) -> None:
     assert load_image(scene.views[0].image)[0, 0].tolist() == [7, 7, 7]
     assert scene.views[0].depth is not None
     assert load_depth(scene.views[0].depth).shape == (18, 24)
+
+
+def long_row(record: Scene | Item) -> Row:
+    """A row of a record whose files nobody reads."""
+    refs = [view.image for view in record.views] if isinstance(record, Scene) else record.images
+    bare, views = encode(record, lambda path: path.removeprefix("/root/"))
+    return Row(
+        id=record.id,
+        kind="scene" if isinstance(record, Scene) else "item",
+        split=record.split,
+        scene_type=record.scene_type if isinstance(record, Scene) else record.label,
+        length=0,
+        digests=tuple(hashlib.sha256(ref.path.encode()).digest() for ref in refs),
+        content=bytes(32),
+        record=bare,
+        views=views,
+        guards=(),
+    )
+
+
+def test_single_views_come_without_the_rest_of_their_scene(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tuple(ImageRef(path=f"/root/s/{i}.png") for i in range(2 * BLOCK + 3))
+    scene = Scene(
+        id="s",
+        views=tuple(View(image=image, timestamp=i / 7) for i, image in enumerate(images)),
+        scene_type="office",
+    )
+    item = Item(id="i", images=images, label="cat")
+    bare = Item(id="text", turns=(Turn(role="user", text="hello"),))
+    manifest = Manifest.build(Facts(name="mine", root="/root", settings=""), map(long_row, (scene, item, bare)))
+    assert [manifest.scene(record.id) for record in (scene, item, bare)] == [scene, item, bare]
+    places = [0, 2 * BLOCK + 2, BLOCK - 1, BLOCK, 3, 3]
+    assert manifest.digests("s", places) == [manifest.entry("s").digests[place] for place in places]
+    assert manifest.views("i", places) == [View(image=images[place]) for place in places]
+    assert manifest.scene_types == ("cat", "office")
+    assert [manifest.scene_type(name) for name in ("s", "i", "text")] == ["office", "cat", None]
+    decoded = []
+    monkeypatch.setattr(
+        "services.data.manifest.decode_views", lambda *block: decoded.append(block) or decode_views(*block)
+    )
+    assert manifest.views("s", places) == [scene.views[place] for place in places]
+    assert manifest.views("s", places[::-1]) == [scene.views[place] for place in places[::-1]]
+    assert len(decoded) == 3
+    for wrong in (-1, 2 * BLOCK + 3):
+        for ask in (manifest.views, manifest.digests):
+            with pytest.raises(DataError, match=rf"'mine': 's' has 19 views, not \[{wrong}\]; index the source again"):
+                ask("s", [0, wrong])
+    with pytest.raises(DataError, match=r"'text' has 0 views, not \[0\]"):
+        manifest.views("text", [0])
 
 
 def test_saved_and_loaded_it_is_the_same(root: Path, tmp_path: Path) -> None:

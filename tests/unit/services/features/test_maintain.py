@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from models.encoders.hf import HFEncoder
-from services.contracts import Intrinsics, Scene, Split, Tensor, View
+from services.contracts import Intrinsics, Split, Tensor, View
 from services.errors import ConfigError, DataError
 from services.features import maintain
 from services.features.sink import StoreSink, open_store
@@ -37,10 +37,13 @@ class Source:
     def entry(self, item):
         return self.entries[int(item[1])]
 
-    def scene(self, item):
+    def views(self, item, places):
         part = self.requests[:3] if item == "s0" else self.requests[3:5]
         camera = Intrinsics(fx=1, fy=1, cx=0, cy=0, width=80, height=60)
-        return Scene(id=item, views=tuple(View(image=r.images[0], K=camera) for r in part))
+        return [View(image=part[place].images[0], K=camera) for place in places]
+
+    def digests(self, item, places):
+        return [self.entry(item).digests[place] for place in places]
 
 
 @pytest.fixture

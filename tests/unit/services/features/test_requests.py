@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 
 from configs.schema import EncoderConfig
 from models.encoders import families
 from models.encoders.base import InputKind
-from services.contracts import ImageRef, Item, PlanSample, Role, Scene, View, ViewRole
+from services.contracts import ImageRef, PlanSample, Role, View, ViewRole
 from services.errors import ConfigError, DataError
 from services.features import requests as module
 from services.features.requests import feature_request, feature_requests, text_request
 
 
 class Manifest:
-    def __init__(self, scene, digests):
-        self._scene, self._digests = scene, digests
+    def __init__(self, views, digests):
+        self._views, self._digests = views, digests
 
-    def scene(self, _):
-        return self._scene
+    def views(self, _, places):
+        return [self._views[place] for place in places]
 
-    def entry(self, _):
-        return SimpleNamespace(digests=self._digests)
+    def digests(self, _, places):
+        return [self._digests[place] for place in places]
 
 
 def manifest(folder="/data", digests=("d0", "d1", "d2")):
-    return Manifest(
-        Scene(id="s", views=tuple(View(image=ImageRef(path=f"{folder}/{i}.png")) for i in range(3))), digests
-    )
+    return Manifest([View(image=ImageRef(path=f"{folder}/{i}.png")) for i in range(3)], digests)
 
 
 def sample(*views, roles=None):
@@ -86,7 +83,7 @@ def test_a_chained_request_holds_the_one_before(config):
 
 
 def test_items_have_pictures_too(config):
-    item = Manifest(Item(id="i", images=(ImageRef(path="/x.png"),)), ("d",))
+    item = Manifest([View(image=ImageRef(path="/x.png"))], ("d",))
     assert feature_request(sample(0), item, "features", config).images[0].path == "/x.png"
 
 
@@ -98,9 +95,7 @@ def test_a_text_is_its_own_key():
 @pytest.mark.parametrize(
     ("views", "encoder", "error", "message"),
     [
-        ((3,), "features", DataError, r"asks for views \[3\]"),
-        ((-1,), "features", DataError, r"asks for views \[-1\]"),
-        ((), "features", DataError, "asks for views none"),
+        ((), "features", DataError, "asks for no view of 's'"),
         ((0,), "nobody", ConfigError, "no encoder 'nobody'"),
     ],
 )

@@ -22,6 +22,7 @@ from configs.schema import (
     ViewSetConfig,
 )
 from services.contracts import DepthRef, FeatureKey, ImageRef, Intrinsics, Scene, Split, StepPlan, View
+from services.errors import DataError
 from services.streams.requests import sample_requests
 
 CLASSES = ("none", "wall", "", "chair")
@@ -56,8 +57,21 @@ class SmallManifest:
     def entry(self, entry_id: str) -> SmallEntry:
         return next(entry for entry in self.entries if entry.id == entry_id)
 
-    def scene(self, entry_id: str) -> Scene:
-        return self._scenes[entry_id]
+    @property
+    def scene_types(self) -> tuple[str, ...]:
+        return tuple({entry.scene_type for entry in self.entries if entry.scene_type is not None})
+
+    def scene_type(self, entry_id: str) -> str | None:
+        return self._scenes[entry_id].scene_type
+
+    def views(self, entry_id: str, places: list[int]) -> list[View]:
+        return [self._scenes[entry_id].views[place] for place in places]
+
+    def digests(self, entry_id: str, places: list[int]) -> list[str]:
+        known = self.entry(entry_id).digests
+        if max(places) >= len(known):
+            raise DataError(f"{entry_id!r} has {len(known)} views, not {places}")
+        return [known[place] for place in places]
 
 
 class SmallKeys:

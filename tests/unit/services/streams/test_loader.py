@@ -164,7 +164,7 @@ def test_a_broken_sample_in_the_middle_is_zeros_and_the_rest_is_untouched(world:
 
 def test_broken_targets_and_missing_views_are_broken_samples(world: World) -> None:
     first = world.plan.step(0).micro_batches[0].samples
-    view = world.manifests["small"].scene(first[1].item).views[first[1].views[0].index]
+    view = world.manifests["small"].views(first[1].item, [first[1].views[0].index])[0]
     assert view.depth is not None
     Path(view.depth.path).write_bytes(b"")
     entry = next(e for e in world.manifests["small"].entries if e.id == first[3].item)
@@ -346,7 +346,7 @@ def test_cached_features_are_those_that_were_computed(world: World) -> None:
 
 def test_an_image_that_breaks_costs_one_sample(world: World) -> None:
     first = world.plan.step(0).micro_batches[1].samples[1]
-    path = world.manifests["small"].scene(first.item).views[first.views[0].index].image.path
+    path = world.manifests["small"].views(first.item, [first.views[0].index])[0].image.path
     Image.new("RGB", (8, 8)).save(path)
     Path(path).write_bytes(Path(path).read_bytes()[:40])
     client = FeatureClient(world.config, None)
