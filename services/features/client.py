@@ -310,10 +310,9 @@ class FeatureClient:
             try:
                 self.sink.put([request for request, _ in kept], [record for _, record in kept])
             except CacheError as error:
-                # The features are here and the run goes on; that they will be encoded again is worth a word.
+                # The features are here and the run goes on.
                 if not self._refused:
                     events.emit("cache_refused", time.time(), time.time(), error=str(error))
-                    _log.warning("the cache keeps nothing more: %s", error)
                 self._refused += len(kept)
         return as_stored(answers, self.config)
 

@@ -84,6 +84,7 @@ class Namespace:
             seal_s=store.seal_s,
             prepare=self._prepare,
             on_commit=self._committed,
+            on_failure=store.say_refused,
         )
         forks.reset_in_child(self)
 

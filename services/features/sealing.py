@@ -36,6 +36,7 @@ class Sealing:
         folder: the namespace.
         prepare: makes the folder ready; called before a shard is opened.
         on_commit: called in the sealing thread after each commit.
+        on_failure: called in the sealing thread when a shard could not be committed.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Sealing:
         seal_s: float,
         prepare: Callable[[], None],
         on_commit: Callable[[Commit], None],
+        on_failure: Callable[[CacheError], None],
     ) -> None:
         self._folder, self._fingerprint = folder, fingerprint
         self._shard_bytes, self._seal_s = shard_bytes, seal_s
-        self._prepare, self._on_commit = prepare, on_commit
+        self._prepare, self._on_commit, self._on_failure = prepare, on_commit, on_failure
         self._reset()
         forks.reset_in_child(self)
 
@@ -174,9 +176,10 @@ class Sealing:
                 if failure is None:
                     self._acknowledged += writer.keys
                 else:
-                    log.warning("%d records were not cached: %s", len(writer.keys), failure)
                     self._failures.append(failure)
                 self._condition.notify_all()
+            if failure is not None:
+                self._on_failure(failure)
 
     def _seal(self, writer: ShardWriter) -> CacheError | None:
         try:

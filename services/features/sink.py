@@ -50,13 +50,17 @@ class StoreSink:
             return self._namespaces[name]
 
     def put(self, requests: Sequence[FeatureRequest], records: Sequence[Record]) -> None:
-        """Keep the records and note their inputs. CacheError when the store refuses."""
+        """Keep the records and note their inputs. CacheError when the store refuses, which is said once."""
         by_name: dict[str, list[FeatureRequest]] = {}
-        for request, record in zip(requests, records, strict=True):
-            if self.namespace(request.encoder).put(request.key, record):
-                by_name.setdefault(request.encoder, []).append(request)
-        for name, written in by_name.items():
-            journal.append(self.namespace(name).folder, written)
+        try:
+            for request, record in zip(requests, records, strict=True):
+                if self.namespace(request.encoder).put(request.key, record):
+                    by_name.setdefault(request.encoder, []).append(request)
+            for name, written in by_name.items():
+                journal.append(self.namespace(name).folder, written)
+        except CacheError as error:
+            self.store.say_refused(error)
+            raise
 
     def flush(self) -> None:
         """Commit what is buffered."""
@@ -72,7 +76,7 @@ class StoreSink:
         try:
             self.flush()
         except CacheError as error:
-            _log.warning("not all features were cached: %s", error)
+            self.store.say_refused(error)
         for lease in self._leases:
             lease.release()
         self._leases.clear()

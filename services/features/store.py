@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import threading
@@ -32,6 +33,7 @@ from services.features.sealing import disk_error
 from services.features.shards import VERIFY
 
 _DEFAULT = CacheConfig()
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +99,7 @@ class FeatureStore:
         # A mapped shard takes a descriptor; leave most of them to others.
         self.most_mapped = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._lock = threading.Lock()
+        self._refused = False
         self._namespaces: dict[str, Namespace] = {}
         self.budget = Budget(self.root, budget_bytes, self._open_shards)
         forks.reset_in_child(self)
@@ -140,6 +143,13 @@ class FeatureStore:
             return Lease(self.root, fingerprints, lasts_s)
         except OSError as error:
             raise disk_error(self.root, error) from error
+
+    def say_refused(self, error: CacheError) -> None:
+        """Warn that something could not be kept; once, since a full disk refuses every record from then on."""
+        with self._lock:
+            first, self._refused = not self._refused, True
+        if first:
+            _log.warning("the cache keeps nothing more, what it refuses is computed again when needed: %s", error)
 
     def namespaces(self) -> list[NamespaceInfo]:
         """All fingerprints on the local disk, with the identity that each stands for, oldest use first."""

@@ -137,7 +137,7 @@ class Targets:
             except CacheError as error:
                 # A cache that can only be read is of use; nobody can evict from it either.
                 _log.warning("the cache of targets is used without a lease: %s", error)
-        self._refused = False
+        self._store: Any = store
         self._digests: dict[str, tuple[Stamp | None, str]] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -197,12 +197,7 @@ class Targets:
         try:
             self._namespace.put(key, record)
         except CacheError as error:
-            self._say_refused(error)
-
-    def _say_refused(self, error: CacheError) -> None:
-        if not self._refused:
-            _log.warning("targets are decoded again in every epoch, the cache keeps nothing more: %s", error)
-        self._refused = True
+            self._store.say_refused(error)  # and decode again in every epoch
 
     def close(self) -> None:
         """Commit what was decoded and let go of the store. Safe to call twice."""
@@ -210,7 +205,7 @@ class Targets:
             try:
                 self._namespace.flush()
             except CacheError as error:
-                self._say_refused(error)
+                self._store.say_refused(error)
         if self._lease is not None:
             self._lease.release()
             self._lease = None
