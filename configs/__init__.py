@@ -60,8 +60,9 @@ def digest(config: RunConfig, *sections: str) -> str:
 
 
 def _checked(tree: dict[str, object]) -> RunConfig:
-    from configs import convert, paths, validate
+    from configs import convert, paths
+    from configs.validate import problems
 
     config = paths.expand(convert.from_dict(tree))
-    convert.refuse(validate.problems(config))
+    convert.refuse(problems(config))
     return config
