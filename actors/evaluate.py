@@ -260,8 +260,8 @@ class _Examples:
         from models.encoders.preprocess import crop_box
 
         targets = self._feed.targets
-        scene = self._feed.manifests[sample.source].scene(sample.item)
-        image = load_image(scene.views[sample.views[0].index].image)
+        (view,) = self._feed.manifests[sample.source].views(sample.item, [sample.views[0].index])
+        image = load_image(view.image)
         box = crop_box(image.shape[:2], targets.height, targets.width)
         resized = Image.fromarray(image).resize((targets.width, targets.height), Image.Resampling.BICUBIC, box=box)
         return np.asarray(resized)

@@ -21,8 +21,9 @@ from configs.schema import CacheConfig, ClusterConfig, EncoderConfig, RunConfig,
 from infra.bench import baselines
 from infra.bench.harness import Bench, Context, Measured, Target, main, rate
 from services.contracts import FeatureRequest, ImageRef
+from services.data.digests import content_digest
 from services.features.client import FeatureClient
-from services.features.keys import content_digest, feature_key
+from services.features.keys import feature_key
 from services.features.pool import connect_pool, start_pool, stop_pool
 from services.features.sink import open_store
 from services.runtime import cluster
@@ -82,7 +83,7 @@ def prepare_service(context: Context) -> Measured:
     torch.set_num_threads(threads)
     config = _config(context, threads)
     paths = _pictures(context.folder, context.size(256, 12))
-    digests = [content_digest(path) for path in paths]
+    digests = [content_digest(ImageRef(path=str(path))) for path in paths]
     context.cleanup.enter_context(cluster.running(config))
     address = start_pool(config)
     context.cleanup.callback(stop_pool, address)

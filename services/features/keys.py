@@ -11,25 +11,15 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from services.contracts import FeatureKey
-from services.errors import CacheError, DataError
+from services.errors import CacheError
 
 LAYOUT_VERSION = 1
 """Version of the files of the store; raised when an older program could misread them."""
-
-
-def content_digest(path: str | Path) -> str:
-    """Hex sha256 of the bytes of a file (64 digits). DataError, naming the file, when it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read to take its digest: {error.strerror or error}") from error
 
 
 def canonical_json(value: Any) -> str:

@@ -15,12 +15,13 @@ from configs.schema import RunConfig
 from models.encoders.base import InputKind
 from models.encoders.families import input_kind
 from services.contracts import FeatureRequest, PlanSample, Record, ViewRole
+from services.data.digests import Digester
 from services.errors import ConfigError, DataError
 from services.features import codecs, journal
 from services.features.client import FeatureClient, FeaturePool
 from services.features.encode import Encoder, as_stored
 from services.features.eviction import GcReport
-from services.features.keys import content_digest, fingerprint
+from services.features.keys import fingerprint
 from services.features.requests import encoder_config, feature_requests
 from services.features.sink import StoreSink
 from services.features.store import FeatureStore
@@ -284,10 +285,11 @@ def _verify(
     random.Random(seed).shuffle(stored)
     checked: list[FeatureRequest] = []
     changed: list[str] = []
+    digester = Digester()
     for request in stored:
         if len(checked) == sample:
             break
-        if _unchanged(request):
+        if _unchanged(request, digester):
             checked.append(request)
         else:
             changed.append(request.sample_id)
@@ -310,18 +312,15 @@ def _verify(
     )
 
 
-def _unchanged(request: FeatureRequest) -> bool:
+def _unchanged(request: FeatureRequest, digester: Digester) -> bool:
     if request.upstream is not None:
-        return _unchanged(request.upstream)
-    for image, digest in zip(request.images, request.digests, strict=True):
-        if image.frame is not None or image.member is not None:
-            continue  # its digest is of a frame or member; reading it again will tell
-        try:
-            if content_digest(image.path) != digest:
-                return False
-        except DataError:
-            return False
-    return True
+        return _unchanged(request.upstream, digester)
+    try:
+        return all(
+            digester.image(image).hex() == digest for image, digest in zip(request.images, request.digests, strict=True)
+        )
+    except DataError:
+        return False
 
 
 def _compare(stored: Record, now: Record, drift: dict[str, Drift]) -> None:

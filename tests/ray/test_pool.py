@@ -12,10 +12,11 @@ from PIL import Image
 
 from configs.schema import CacheConfig, ClusterConfig, EncoderConfig, RunConfig, ServiceConfig, StorageConfig
 from services.contracts import FeatureRequest, ImageRef
+from services.data.digests import content_digest
 from services.errors import ServiceError
 from services.features.client import FeatureClient
 from services.features.encode import Encoder
-from services.features.keys import content_digest, feature_key
+from services.features.keys import feature_key
 from services.features.pool import connect_pool, start_pool, stop_pool
 from services.features.sink import open_store
 from services.runtime import calls
@@ -40,9 +41,9 @@ def pictures(folder: Path, count: int) -> list[FeatureRequest]:
     for number in range(count):
         path = folder / f"{number}.png"
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
-        digest = content_digest(path)
-        key = feature_key([digest])
         image = ImageRef(path=str(path))
+        digest = content_digest(image)
+        key = feature_key([digest])
         requests.append(
             FeatureRequest(key=key, encoder="features", sample_id=str(number), images=(image,), digests=(digest,))
         )

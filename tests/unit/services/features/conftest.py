@@ -13,7 +13,8 @@ from PIL import Image
 
 from configs.schema import CacheConfig, ClusterConfig, EncoderConfig, RunConfig, ServiceConfig, StorageConfig
 from services.contracts import FeatureRequest, ImageRef
-from services.features.keys import content_digest, feature_key
+from services.data.digests import content_digest
+from services.features.keys import feature_key
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 
@@ -48,7 +49,7 @@ def make_requests(tmp_path: Path) -> Callable[..., list[FeatureRequest]]:
             if not path.exists():
                 pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(path)
-            digest = content_digest(path)
+            digest = content_digest(ImageRef(path=str(path)))
             image = FeatureRequest(
                 key=feature_key([digest]),
                 encoder="features",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contracts import FeatureKey, Role
-from services.errors import CacheError, DataError
-from services.features.keys import canonical_json, content_digest, feature_key, fingerprint, key_array
+from services.errors import CacheError
+from services.features.keys import canonical_json, feature_key, fingerprint, key_array
 
 _PLAIN = st.recursive(
     st.none()
@@ -25,18 +22,6 @@ _PLAIN = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-
-
-def test_content_digest_is_of_the_bytes_alone(tmp_path: Path) -> None:
-    one, two = tmp_path / "a.jpg", tmp_path / "b.png"
-    one.write_bytes(b"pixels")
-    shutil.copy(one, two)
-    os.utime(two, (1, 1))
-    assert content_digest(one) == content_digest(two) == hashlib.sha256(b"pixels").hexdigest()
-    two.write_bytes(b"pixelt")
-    assert content_digest(one) != content_digest(two)
-    with pytest.raises(DataError, match=r"missing\.jpg"):
-        content_digest(tmp_path / "missing.jpg")
 
 
 def test_everything_that_matters_changes_the_key() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 from PIL import Image
 
 from models.encoders.hf import HFEncoder
-from services.contracts import Intrinsics, Split, Tensor, View
+from services.contracts import FeatureRequest, ImageRef, Intrinsics, Split, Tensor, View
+from services.data.digests import Digester, content_digest
 from services.errors import ConfigError, DataError
 from services.features import maintain
+from services.features.keys import feature_key
 from services.features.sink import StoreSink, open_store
 from services.features.text_table import text_table
 from services.features.why import why
@@ -211,3 +215,27 @@ def test_comparison_knows_bfloat16():
 
 def test_tables_align():
     assert text_table(("name", "n"), [("a", 1), ("long", 22)]) == "name   n\na      1\nlong  22"
+
+
+def test_a_picture_in_an_archive_is_compared_by_its_own_content(tmp_path):
+    archive = tmp_path / "pictures.tar"
+    ref = ImageRef(path=str(archive), member="b.png")
+
+    def write(first: bytes, second: bytes) -> None:
+        with tarfile.open(archive, "w") as tar:
+            for name, content in (("a.png", first), ("b.png", second)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    write(b"one", b"two")
+    digest = content_digest(ref)
+    request = FeatureRequest(
+        key=feature_key([digest]), encoder="features", sample_id="s", images=(ref,), digests=(digest,)
+    )
+    write(b"another", b"two")
+    assert maintain._unchanged(request, Digester())
+    write(b"another", b"tow")
+    assert not maintain._unchanged(request, Digester())
+    archive.unlink()
+    assert not maintain._unchanged(request, Digester())
