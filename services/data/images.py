@@ -144,7 +144,8 @@ def _load_array(path: str, what: str) -> np.ndarray:
 # --- containers ------------------------------------------------------------------------------------------------------
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def file_version(path: Path) -> tuple[int, int]:
+    """(size, mtime_ns): caches of what a file holds are kept by it. DataError when the file cannot be read."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -154,7 +155,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def tar_members(path: Path) -> dict[str, tuple[int, int]]:
     """Name -> (offset, size) of the files in an uncompressed tar archive, in their order. Cached until it changes."""
-    return _tar_index(path, _stamp(path))
+    return _tar_index(path, file_version(path))
 
 
 @lru_cache(maxsize=64)
@@ -191,7 +192,7 @@ def _parquet_member(path: Path, member: str) -> bytes:
     if not column or not row_text.isdigit():
         raise DataError(f"{path}: the member {member!r} is not of the form 'column:row'")
     row = int(row_text)
-    stamp = _stamp(path)
+    stamp = file_version(path)
     for group, (start, stop) in enumerate(_parquet_groups(path, stamp)):
         if start <= row < stop:
             value = _parquet_column(path, stamp, group, column)[row - start].as_py()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from services.data.images import file_version
 from services.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,19 +25,19 @@ def decoder_version() -> str:
 
 def frame_times(path: Path) -> tuple[float, ...]:
     """Seconds of each frame from the first one, in the order of presentation. Cached until the file changes."""
-    index = _index(path, _stamp(path))
+    index = _index(path, file_version(path))
     return tuple((pts - index.pts[0]) * index.time_base for pts in index.pts)
 
 
 def frame_size(path: Path) -> tuple[int, int]:
     """(width, height) of the video's frames in pixels."""
-    index = _index(path, _stamp(path))
+    index = _index(path, file_version(path))
     return index.width, index.height
 
 
 def load_frame(path: Path, frame: int) -> np.ndarray:
     """Frame ``frame`` as uint8 (H, W, 3) RGB. DataError when the video does not decode or has no such frame."""
-    index = _index(path, _stamp(path))
+    index = _index(path, file_version(path))
     if not 0 <= frame < len(index.pts):
         raise DataError(f"{path}: has {len(index.pts)} frames, frame {frame} was asked for")
     # After a jump a stream may begin with frames that refer to what was jumped over; then it is read from its start.
@@ -81,14 +82,6 @@ class _Index:
         self.pts = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
         if not self.pts or not self.time_base or not self.width:
             raise DataError(f"{path}: the video has no frames that can be addressed (no presentation times)")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=256)

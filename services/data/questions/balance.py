@@ -98,6 +98,7 @@ def limit_success(drafts: Sequence[Draft], word: Callable[[str], str]) -> list[D
     kept: list[Draft] = []
     offered: Counter[str] = Counter()
     right: Counter[str] = Counter()
+    subjects: Counter[str] = Counter()
     of_subject: Counter[tuple[str, str]] = Counter()
     waiting = list(drafts)
     while True:
@@ -105,21 +106,19 @@ def limit_success(drafts: Sequence[Draft], word: Callable[[str], str]) -> list[D
         for draft in waiting:
             answer = word(draft.answer)
             share = (right[answer] + 1) / (offered[answer] + 1)
-            if (right[answer] and share > MOST_RIGHT) or of_subject[draft.subject, answer] >= _allowed(kept, draft):
+            # One answer makes up at most half of the questions with the same words, and at least one of them.
+            allowed = 1 + subjects[draft.subject] // 2
+            if (right[answer] and share > MOST_RIGHT) or of_subject[draft.subject, answer] >= allowed:
                 refused.append(draft)
                 continue
             kept.append(draft)
             right[answer] += 1
+            subjects[draft.subject] += 1
             of_subject[draft.subject, answer] += 1
             offered.update({word(option) for option in (draft.answer, *draft.wrong)})
         if len(refused) == len(waiting):
             return kept
         waiting = refused
-
-
-def _allowed(kept: Sequence[Draft], draft: Draft) -> int:
-    """How often one answer may occur among the questions with the same words: half of them, and at least once."""
-    return 1 + sum(other.subject == draft.subject for other in kept) // 2
 
 
 def _deal(drafts: list[Draft], rng: np.random.Generator) -> list[Question]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,18 @@ class Annotations:
     expressions: dict[str, tuple[ReferringExpression, ...]]
     captions: dict[str, tuple[str, ...]]
 
+    @cached_property
+    def _by_scene(self) -> Mapping[str, list[Question]]:
+        found: defaultdict[str, list[Question]] = defaultdict(list)
+        for question in self.questions:
+            found[scene_of(question)].append(question)
+        return found
+
     def scene(self, scene_id: str) -> Scene:
         """The scene with its questions, captions and referring expressions attached."""
-        mine = tuple(question for question in self.questions if scene_of(question) == scene_id)
         return dataclasses.replace(
             self.scenes[scene_id],
-            questions=mine,
+            questions=tuple(self._by_scene[scene_id]),
             captions=self.captions[scene_id],
             expressions=self.expressions[scene_id],
         )

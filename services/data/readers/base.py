@@ -78,6 +78,17 @@ class Notes:
             raise DataError(f"{path}: holds {values.size} numbers, {wanted} are needed")
         return values.reshape(shape)
 
+    def pose(self, path: Path) -> np.ndarray | None:
+        """The 4x4 camera-to-world pose of a text file; None, and a view left out, where it is missing or not finite."""
+        if not path.is_file():
+            self.drop("without a pose file", path)
+            return None
+        pose = self.numbers(path, (4, 4))
+        if not usable_pose(pose):
+            self.drop("with a pose that is not finite", path)
+            return None
+        return checked_pose(pose, path)
+
 
 class Reader(ABC):
     """One source on disk. Subclasses convert their format's conventions to those of ``services.contracts``.

@@ -20,8 +20,8 @@ import numpy as np
 
 from services.contracts import ImageRef, Intrinsics, Scene, View
 from services.data.images import image_size
-from services.data.readers.base import Notes, Reader, frame_order, inverse_pose, to_matrix, usable_pose
-from services.data.readers.lenses import Lens, Undistorter
+from services.data.readers.base import Notes, frame_order, inverse_pose, to_matrix, usable_pose
+from services.data.readers.lenses import Lens, LensReader, Undistorter
 from services.errors import DataError
 
 _PLACES = ("sparse/0", "sparse", "colmap/sparse/0", "colmap", ".")
@@ -41,7 +41,7 @@ _MODELS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
 }
 
 
-class ColmapReader(Reader):
+class ColmapReader(LensReader):
     """Scenes reconstructed by COLMAP."""
 
     options: ClassVar[Mapping[str, Any]] = {"images": "images", "metres_per_unit": 1.0, "undistort": "write"}
@@ -56,11 +56,6 @@ class ColmapReader(Reader):
         candidates = [self.root, *(sorted(self.root.iterdir()) if self.root.is_dir() else [])]
         found = {folder.name: (folder, model) for folder in candidates if (model := find_model(folder)) is not None}
         return {self.root.name: found[self.root.name]} if self.root.name in found else found
-
-    @cached_property
-    def undistorter(self) -> Undistorter:
-        """Where pictures taken through a lens go."""
-        return Undistorter(self.cache, self.option("undistort"))
 
     def all_ids(self) -> list[str]:
         """Ids of the folders with a model."""

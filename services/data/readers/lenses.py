@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 
 from services.contracts import DepthRef, ImageRef, Intrinsics
 from services.data.images import load_image, load_stored
-from services.data.readers.base import Notes, checked_intrinsics
+from services.data.readers.base import Notes, Reader, checked_intrinsics
 from services.errors import ConfigError, DataError
 
 _JPEG = frozenset({".jpg", ".jpeg"})
@@ -141,6 +141,15 @@ class Undistorter:
         if not copy.exists():
             _write(remap(path, lens, *_maps(lens)), copy)
         return copy
+
+
+class LensReader(Reader):
+    """A reader of pictures that may have been taken through a lens; it has the option ``undistort``."""
+
+    @cached_property
+    def undistorter(self) -> Undistorter:
+        """Where pictures taken through a lens go."""
+        return Undistorter(self.cache, self.option("undistort"))
 
 
 # Reconstructions of internet pictures have a lens for each: their cameras are small, the maps are not.

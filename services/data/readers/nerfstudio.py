@@ -24,8 +24,8 @@ import numpy as np
 
 from services.contracts import DepthRef, ImageRef, Intrinsics, Scene, View
 from services.data.images import image_size
-from services.data.readers.base import Notes, Reader, checked_pose, frame_order, from_opengl, to_matrix, usable_pose
-from services.data.readers.lenses import Lens, Undistorter
+from services.data.readers.base import Notes, checked_pose, frame_order, from_opengl, to_matrix, usable_pose
+from services.data.readers.lenses import Lens, LensReader
 from services.errors import DataError
 
 _BROWN = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")
@@ -34,7 +34,7 @@ _PINHOLES = frozenset({"PINHOLE", "SIMPLE_PINHOLE"})
 _BROWNS = frozenset({"OPENCV", "FULL_OPENCV", "SIMPLE_RADIAL", "RADIAL", ""})
 
 
-class NerfstudioReader(Reader):
+class NerfstudioReader(LensReader):
     """Scenes described by a ``transforms.json``."""
 
     options: ClassVar[Mapping[str, Any]] = {
@@ -56,11 +56,6 @@ class NerfstudioReader(Reader):
             return {self.root.name: self.root}
         folders = sorted(self.root.iterdir()) if self.root.is_dir() else []
         return {folder.name: folder for folder in folders if (folder / name).is_file()}
-
-    @cached_property
-    def undistorter(self) -> Undistorter:
-        """Where pictures taken through a lens go."""
-        return Undistorter(self.cache, self.option("undistort"))
 
     def all_ids(self) -> list[str]:
         """Ids of the folders with a file of poses."""

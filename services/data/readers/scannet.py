@@ -30,12 +30,10 @@ from services.data.images import image_size
 from services.data.readers.base import (
     Notes,
     Reader,
-    checked_pose,
     intrinsics_of,
     oriented_box,
     to_matrix,
     triple,
-    usable_pose,
 )
 from services.errors import DataError
 
@@ -136,13 +134,8 @@ class ScanNetReader(Reader):
         depth_camera = self._depth_camera(folder, colors, camera, notes)
         views = []
         for color in colors:
-            pose_path = folder / "pose" / f"{color.stem}.txt"
-            if not pose_path.is_file():
-                notes.drop("without a pose file", pose_path)
-                continue
-            pose = notes.numbers(pose_path, (4, 4))
-            if not usable_pose(pose):
-                notes.drop("with a pose that is not finite", pose_path)
+            pose = notes.pose(folder / "pose" / f"{color.stem}.txt")
+            if pose is None:
                 continue
             depth = folder / "depth" / f"{color.stem}.png"
             if depth_camera is not None and not depth.is_file():
@@ -155,7 +148,7 @@ class ScanNetReader(Reader):
                 View(
                     image=ImageRef(path=str(color)),
                     K=camera,
-                    pose=to_matrix(checked_pose(pose, pose_path)),
+                    pose=to_matrix(pose),
                     depth=reference,
                     instance_path=_text(_existing(folder / "instance-filt" / f"{color.stem}.png")),
                     label_path=_text(_existing(folder / "label-filt" / f"{color.stem}.png")),

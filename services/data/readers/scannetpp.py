@@ -26,9 +26,9 @@ import numpy as np
 
 from services.contracts import ImageRef, Instance, Scene, Split, View
 from services.data.images import image_size
-from services.data.readers.base import Notes, Reader, checked_pose, from_opengl, oriented_box, usable_pose
+from services.data.readers.base import Notes, checked_pose, from_opengl, oriented_box, usable_pose
 from services.data.readers.colmap import find_model, plain_view, read_model
-from services.data.readers.lenses import Undistorter
+from services.data.readers.lenses import LensReader
 from services.data.readers.nerfstudio import frame_lens, frame_pose, read_frames
 from services.errors import ConfigError, DataError
 
@@ -36,7 +36,7 @@ from services.errors import ConfigError, DataError
 _WORLD = np.array([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
 
 
-class ScanNetppReader(Reader):
+class ScanNetppReader(LensReader):
     """Scenes of ScanNet++."""
 
     options: ClassVar[Mapping[str, Any]] = {
@@ -62,11 +62,6 @@ class ScanNetppReader(Reader):
             for folder in sorted(parent.iterdir())
             if (folder / "dslr").is_dir()
         }
-
-    @cached_property
-    def undistorter(self) -> Undistorter:
-        """Where pictures taken through a lens go."""
-        return Undistorter(self.cache, self.option("undistort"))
 
     @cached_property
     def scene_types(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from services.contracts import DepthRef, ImageRef, Intrinsics, Scene, Split, View
 from services.data.images import image_size
-from services.data.readers.base import Notes, Reader, checked_intrinsics, checked_pose, to_matrix, usable_pose
+from services.data.readers.base import Notes, Reader, checked_intrinsics, to_matrix
 from services.errors import ConfigError, DataError
 
 _UNKNOWN_DEPTH = 65535
@@ -70,20 +70,15 @@ class SevenScenesReader(Reader):
         views = []
         for image in self.every_nth(images):
             stem = image.name.removesuffix(".color.png")
-            pose_path, depth_path = folder / f"{stem}.pose.txt", folder / f"{stem}.depth.png"
-            if not pose_path.is_file():
-                notes.drop("without a pose file", pose_path)
-                continue
-            pose = notes.numbers(pose_path, (4, 4))
-            if not usable_pose(pose):
-                notes.drop("with a pose that is not finite", pose_path)
+            pose = notes.pose(folder / f"{stem}.pose.txt")
+            if pose is None:
                 continue
             views.append(
                 View(
                     image=ImageRef(path=str(image)),
                     K=self._camera("color_camera", image),
-                    pose=to_matrix(checked_pose(pose, pose_path)),
-                    depth=self._depth(depth_path),
+                    pose=to_matrix(pose),
+                    depth=self._depth(folder / f"{stem}.depth.png"),
                 )
             )
         return Scene(id=scene_id, views=tuple(views))
