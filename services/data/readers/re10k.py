@@ -7,7 +7,8 @@ A text file has the URL, then lines of: time in microseconds, fx fy cx cy, two z
 
 Conventions of the source: the matrix is world-to-camera with OpenCV axes, inverted here. The intrinsics are fractions
 of width and height on the continuous image plane, whose origin is the corner of the first pixel: half a pixel is taken
-from the centre. The scale is that of a reconstruction: metres only up to a factor. A video gives the frame that is
+from the centre. There is no metric scale: translations have that of the clip's reconstruction, another one in every
+clip, so that no factor for the whole source could turn them into metres. A video gives the frame that is
 nearest in time, if that is nearer than ``max_gap_s``.
 
 Options: ``frames`` and ``videos`` (folders), ``max_gap_s``.
