@@ -296,8 +296,11 @@ class NodeConfig:
     accelerator: str = ""
     # Custom resources, e.g. the roles that this kind of node may hold: {"role_feature": 4}.
     resources: dict[str, float] = field(default_factory=dict)
-    # Measured or assumed rate of one worker that `loom3d plan` uses for time: dense TFLOP/s in the compute dtype.
+    # Rate at which one worker computes, for the time that `loom3d plan` expects: TFLOP/s that a network reaches there,
+    # not the peak of the hardware. Two CPU cores with AVX-512 reach about 0.05 in float32.
     tflops: float = 0.05
+    # Rate at which one worker reads stored features, GB/s, for the same purpose.
+    read_gb_s: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,7 @@ RANGES: Mapping[str, Range] = {
     "cluster.nodes.*.gpu_memory_gb": _COUNT,
     "cluster.nodes.*.resources.*": _COUNT,
     "cluster.nodes.*.tflops": _ABOVE_0,
+    "cluster.nodes.*.read_gb_s": _ABOVE_0,
     "cluster.max_failures": _COUNT,
     "cluster.start_timeout_s": _ABOVE_0,
     "cluster.object_store_bytes": Range(low=75 * 2**20),  # Ray refuses less

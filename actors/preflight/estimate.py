@@ -13,7 +13,7 @@ from actors.preflight.plan import CachePlan, NodePlan, Plan, RolePlan, Schedule
 from actors.preflight.rates import Rates, measured_rates
 from actors.preflight.roles import role_cost
 from actors.preflight.sizes import DataSize, data_sizes
-from configs.schema import RunConfig
+from configs.schema import NodeConfig, RunConfig
 from services.errors import PlacementError
 from services.runtime import placement
 from services.runtime.placement import Node
@@ -166,34 +166,52 @@ def _schedule(
     epochs = trainer.steps / steps_per_epoch if steps_per_epoch else 0.0
     step_s = rates.step_s or trainer.accumulation * step.flops / _rate(config, next(iter(config.cluster.roles)))
     encode_one = rates.encode_s or features.flops / _rate(config, "feature")
-    encode_s = encode_one * cache.records / max(1, config.service.replicas)
-    epoch_encode = encode_one * train_views / max(1, config.service.replicas)
-    epoch_train = steps_per_epoch * step_s
-    later = max(0.0, epochs - 1)
-    missing = 1 - cache.hit_rates[1]
-    streaming = min(1.0, epochs) * max(epoch_encode, epoch_train) + later * max(missing * epoch_encode, epoch_train)
-    passes = 1 + (trainer.steps // trainer.validate_every if trainer.validate_every else 0)
-    validate_s = passes * sum(size.views.get("val", 0) for size in data) / samples * step_s * FORWARD
+    encode_one /= max(1, config.service.replicas)
+    # A measured step includes its reading.
+    read_s = 0.0 if rates.step_s else samples * features.record_bytes / _reading_rate(config)
+    views = {split: sum(size.views.get(split, 0) for size in data) for split in ("train", "val", "test")}
+    first = {
+        "encoding": encode_one * views["train"],
+        "reading": read_s * steps_per_epoch,
+        "training": step_s * steps_per_epoch,
+    }
+    later = first | {"encoding": (1 - cache.hit_rates[1]) * first["encoding"]}
+    streaming = min(1.0, epochs) * max(first.values()) + max(0.0, epochs - 1) * max(later.values())
+    validations = trainer.steps // trainer.validate_every if trainer.validate_every else 0
+    judged = validations * views["val"] + sum(views.values())
+    validate_s = judged / samples * max(step_s * FORWARD, read_s)
     train_s = trainer.steps * step_s
     return Schedule(
         steps=trainer.steps,
         samples_per_step=samples,
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
-        encode_s=encode_s,
+        encode_s=encode_one * cache.records,
         train_s=train_s,
+        read_s=read_s * trainer.steps,
         validate_s=validate_s,
         total_s=(streaming or train_s) + validate_s,
-        bottleneck="encoding" if epoch_encode > epoch_train else "training",
+        bottlenecks=(max(first, key=first.__getitem__), max(later, key=later.__getitem__)),
         rates=rates.source,
     )
 
 
 def _rate(config: RunConfig, role: str) -> float:
-    """FLOP/s of one worker of ``role``: that of the nodes that hold its role resource, else of the slowest."""
-    nodes = config.cluster.nodes.values()
-    named = [node.tflops for node in nodes if placement.role_resource(role) in node.resources]
-    return min(named or [node.tflops for node in nodes]) * 1e12
+    """FLOP/s of one worker of ``role``."""
+    return min(node.tflops for node in _holders(config, role)) * 1e12
+
+
+def _reading_rate(config: RunConfig) -> float:
+    """Bytes/s at which all workers of the trained role read together."""
+    role = next(iter(config.cluster.roles))
+    slowest = min(node.read_gb_s for node in _holders(config, role))
+    return slowest * 1e9 * min(config.cluster.roles[role].workers)
+
+
+def _holders(config: RunConfig, role: str) -> list[NodeConfig]:
+    """Kinds of node that hold the resource of ``role``; all of them, where none names it."""
+    nodes = list(config.cluster.nodes.values())
+    return [node for node in nodes if placement.role_resource(role) in node.resources] or nodes
 
 
 def _notes(config: RunConfig, data: Sequence[DataSize], features: EncoderCost) -> list[str]:

@@ -72,12 +72,17 @@ class Schedule:
     encode_s: float
     """Of every feature once, over all replicas."""
     train_s: float
-    """Of all steps, without waiting for data."""
+    """Computing all steps, without waiting for data."""
+    read_s: float
+    """Reading the features of all steps."""
     validate_s: float
+    """Validation while training, and the last evaluation (a pass over each split)."""
     total_s: float
-    """Encoding runs beside training, so an epoch lasts as long as the slower of the two; then validation."""
-    bottleneck: str
-    """Of the first epoch: encoding | training."""
+    """Encoding, reading and training run beside each other, so an epoch lasts as long as the slowest; then validation.
+
+    Making data, starting processes and writing the report are left out."""
+    bottlenecks: tuple[str, str]
+    """Of the first epoch and of the later ones: encoding | reading | training."""
     rates: str
     """Where the rates come from."""
 

@@ -15,15 +15,21 @@ SKIPPED_STEPS = 2
 """First steps of a run, in which memory is allocated and kernels are chosen."""
 
 
+COMPUTING = ("forward", "backward", "step")
+"""Spans of the training loop that make up a step; "step" is the optimiser's update alone."""
+
+GIVEN = "given TFLOP/s and GB/s"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Seconds of work, alone on their hardware. None: not measured; the estimate uses FLOPs and given TFLOP/s."""
+    """Seconds of work, alone on their hardware. None: not measured; the estimate uses given rates."""
 
     step_s: float | None = None
     """One optimiser step without waiting for data."""
     encode_s: float | None = None
     """One encoder input on one replica."""
-    source: str = "given TFLOP/s"
+    source: str = GIVEN
 
 
 def measured_rates(folder: Path) -> Rates:
@@ -31,10 +37,20 @@ def measured_rates(folder: Path) -> Rates:
     if not (folder / "events").is_dir():
         raise DataError(f"--rates {folder}: no run folder, it has no events/; give the folder of an earlier run")
     found = events.read(folder / "events")
-    steps = [_seconds(event) for event in found if event["what"] == "step"][SKIPPED_STEPS:]
+    steps = _step_seconds(found)[SKIPPED_STEPS:]
     if not steps:
         raise DataError(f"--rates {folder}: the run did not finish more than {SKIPPED_STEPS} steps")
     return Rates(step_s=statistics.median(steps), encode_s=_encode_seconds(found), source=str(folder))
+
+
+def _step_seconds(found: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Seconds of computing of every optimiser step of every rank: its micro-batches and the update."""
+    seconds: dict[tuple[str, int], float] = {}
+    for event in found:
+        if event["what"] in COMPUTING:
+            key = (event["who"], event["step"])
+            seconds[key] = seconds.get(key, 0.0) + _seconds(event)
+    return list(seconds.values())
 
 
 def _encode_seconds(found: Sequence[Mapping[str, Any]]) -> float | None:

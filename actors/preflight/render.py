@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.preflight.plan import Plan
+from actors.preflight.rates import GIVEN
 
 _BYTE_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 _COUNT_UNITS = ("", "K", "M", "G", "T", "P")
@@ -22,7 +23,7 @@ def render(plan: Plan, width: int = 120) -> str:
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     if plan.fits:
-        console.print(f"{plan.name} fits.", highlight=False)
+        console.print(f"{plan.name} fits{'; mind the notes' if plan.notes else ''}.", highlight=False)
     else:
         console.print(f"{plan.name} does NOT fit:", highlight=False)
         for problem in plan.problems:
@@ -68,7 +69,7 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) ->
 def _roles(plan: Plan) -> Table:
     rows = []
     for role in plan.roles:
-        asks = ", ".join(f"{amount:g} {name}" for name, amount in role.asks.items())
+        asks = ", ".join(_ask(name, amount) for name, amount in role.asks.items())
         nodes = ", ".join(f"{role.nodes.count(name)} on {name}" for name in dict.fromkeys(role.nodes)) or "nowhere"
         device = f" + {size(role.device_bytes)} GPU" if role.device_bytes else ""
         step = plan.steps.get(role.role)
@@ -83,38 +84,53 @@ def _roles(plan: Plan) -> Table:
     return _table(f"{plan.name}: roles (model {plan.model})", columns, rows)
 
 
+def _ask(name: str, amount: float) -> str:
+    """A resource in words; Ray asks for a kind of accelerator by a small share of a resource of its name."""
+    kind, _, accelerator = name.partition(":")
+    return f"on a node with {accelerator}" if kind == "accelerator_type" else f"{amount:g} {name}"
+
+
 def _encoders(plan: Plan) -> Table:
     cache = plan.cache
-    rows = [
-        (
-            encoder.name,
-            count(encoder.parameters),
-            count(encoder.flops) + "FLOP",
-            ", ".join(f"{name} {'x'.join(map(str, spec.shape))}" for name, spec in encoder.outputs.items()),
-            size(encoder.record_bytes),
-            f"{cache.records} records, {size(cache.bytes)}"
-            + (f" (budget {size(cache.budget_bytes)})" if cache.budget_bytes else ""),
-            f"{cache.mode}: " + ", ".join(f"{rate:.0%}" for rate in cache.hit_rates) + " hits in epochs 1, 2, 3",
-        )
-        for encoder in plan.encoders
-    ]
-    columns = ("encoder", "parameters", "an input", "outputs", "a record", "all features", "cache")
-    return _table("frozen features", columns, rows)
+    rows = []
+    for encoder in plan.encoders:
+        outputs = ", ".join(f"{name} {'x'.join(map(str, spec.shape))}" for name, spec in encoder.outputs.items())
+        budget = f", of which {size(cache.budget_bytes)} may be stored" if cache.budget_bytes else ""
+        hits = ", ".join(f"{rate:.0%}" for rate in cache.hit_rates)
+        rows += [
+            ("encoder", f"{encoder.name}: {count(encoder.parameters)} parameters"),
+            ("an input", f"{count(encoder.flops)}FLOP -> {outputs}: {size(encoder.record_bytes)}"),
+            ("all inputs", f"{cache.records} records, {size(cache.bytes)}{budget}"),
+            ("cache hits", f"{hits} in epochs 1, 2, 3, if nothing is stored yet (cache.mode={cache.mode})"),
+        ]
+    return _facts("frozen features", rows)
 
 
 def _schedule(plan: Plan) -> Table:
     s = plan.schedule
-    epochs = f"{s.epochs:.3g} of {s.steps_per_epoch} steps" if s.steps_per_epoch else "unknown"
+    epochs = f"{s.epochs:.3g} epochs of {s.steps_per_epoch} steps" if s.steps_per_epoch else "epochs unknown"
+    first, later = s.bottlenecks
+    limits = (
+        f"{first} limits the first epoch, {later} the later ones" if first != later else f"{first} limits every epoch"
+    )
     rows = [
+        ("steps", f"{s.steps} of {s.samples_per_step} samples: {epochs}"),
+        ("encode every input once", duration(s.encode_s)),
+        ("compute all steps", duration(s.train_s)),
+        ("read features of all steps", duration(s.read_s) if s.read_s else "within the measured steps"),
+        ("validate and evaluate", duration(s.validate_s)),
+        ("expected in all", f"{duration(s.total_s)}; {limits}"),
+        ("", "without making data, starting processes and writing the report"),
         (
-            f"{s.steps} of {s.samples_per_step} samples",
-            epochs,
-            duration(s.encode_s),
-            duration(s.train_s),
-            duration(s.validate_s),
-            f"{duration(s.total_s)}, the first epoch limited by {s.bottleneck}",
-            s.rates,
-        )
+            "rates",
+            s.rates + (" of cluster.nodes.*; --rates RUN takes those of an earlier run" if s.rates == GIVEN else ""),
+        ),
     ]
-    columns = ("steps", "epochs", "encode all once", "train", "validate", "expected in all", "rates")
-    return _table("time", columns, rows)
+    return _facts("time", rows)
+
+
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
