@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import ModelError, WeightsError
 
@@ -129,10 +130,31 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class _OwnDraws(TorchDispatchMode):
+    """Random operations of this thread draw from a generator of their own instead of the global one.
+
+    Saving, seeding and restoring the global generator would do in a program with one thread. Here encoders are
+    built in threads of a running trainer, and two of them at once would mix their draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            if not any(argument.name == "generator" for argument in func._schema.arguments):
+                func = func.overloadpacket.generator  # randn and its like have it as an overload
+            kwargs["generator"] = self._generator
+        return func(*args, **kwargs)
+
+
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A module initialised from ``seed`` alone, in float32 on CPU, leaving the global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """A module initialised from ``seed`` alone, in float32 on CPU; the global generator is not touched."""
+    with _OwnDraws(seed):
         return build().float()
 
 

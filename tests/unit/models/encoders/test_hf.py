@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_random_weights_are_a_function_of_the_seed_and_leave_the_generator_alone
     assert a.identity()["weights"] != c.identity()["weights"]
     x = a.prepare(IMAGE, {})
     assert torch.equal(a([x])["tokens"], b([x])["tokens"])
+
+
+def test_encoders_built_in_threads_at_once_do_not_mix_their_draws():
+    wanted = [tiny("dinov2", seed=seed).identity()["weights"] for seed in range(4)]
+    torch.manual_seed(5)
+    drawn = torch.rand(20_000)
+    torch.manual_seed(5)
+    with ThreadPoolExecutor(4) as threads:
+        built = [threads.submit(tiny, "dinov2", seed=seed % 4) for seed in range(16)]
+        # Neither does a trainer that draws meanwhile.
+        assert torch.equal(torch.cat([torch.rand(100) for _ in range(200)]), drawn)
+        assert [encoder.result().identity()["weights"] for encoder in built] == wanted * 4
 
 
 def test_a_frozen_encoder_is_frozen():
