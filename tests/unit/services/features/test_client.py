@@ -82,16 +82,17 @@ def test_the_same_key_twice_in_a_batch_is_encoded_once(make_config, make_request
     client.close()
 
 
-def test_two_threads_that_need_a_key_share_one_encode(make_config, make_requests):
+def test_two_threads_that_need_a_key_share_one_encode(make_config, make_requests, monkeypatch):
     config, requests = make_config(), make_requests(2)
     encoder = SlowEncoder(config)
     encoder.gate.clear()
     client = FeatureClient(config, open_store(config), make_encoder=encoder)
-    answers = {}
+    answers, waiting, real = {}, [], client._await
+    monkeypatch.setattr(client, "_await", lambda flight: (waiting.append(flight), real(flight))[1])
     threads = [threading.Thread(target=lambda i=i: answers.update({i: client.get(requests, 0)})) for i in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.1)
+    wait_for(lambda: len(waiting) == 2)  # each for its first answer; the third thread encodes
     encoder.gate.set()
     for thread in threads:
         thread.join(20)

@@ -81,11 +81,15 @@ def ask(worker, names, step, **options):
     return thread, answers
 
 
-def queued(worker, count):
+def wait_for(condition):
     deadline = time.monotonic() + 10
-    while worker.stats().queued != count:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def queued(worker, count):
+    wait_for(lambda: worker.stats().queued == count)
 
 
 def test_the_smallest_step_goes_first_in_full_micro_batches(parts):
@@ -109,7 +113,7 @@ def test_a_key_in_flight_is_not_encoded_again_and_takes_the_higher_urgency(parts
     second, two = ask(worker, ["busy", "x", "y"], 5)
     queued(worker, 2)
     third, three = ask(worker, ["y"], 1)
-    time.sleep(0.05)
+    wait_for(lambda: 1 in [job.step for job in worker._queue])
     assert worker.stats().queued == 2
     fake.gate.set()
     for thread in (first, second, third):
