@@ -17,6 +17,9 @@ OBLIQUE = np.array([0.45, -0.8, 1.25])
 CUT = 0.62
 """Points in the upper part of the scene's height (the ceiling, most of the walls) are left out of the picture."""
 
+MAX_VIEWS = 150
+"""Views, evenly spaced, that a cloud is made of: a scan's thousands add seconds, and nothing that one could see."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cloud:
@@ -56,14 +59,15 @@ def upright(scene: Scene) -> np.ndarray:
 
 
 def fuse(scene: Scene, *, max_points: int = 300_000) -> Cloud | None:
-    """Unproject every view that has depth and a pose; None where none has. DataError names a broken file.
+    """Unproject the views that have depth and a pose; None where none has. DataError names a broken file.
 
-    Each view gives the same number of evenly spread pixels. Colours are looked up by projecting the points into the
-    image, which may have another camera than the depth.
+    At most :data:`MAX_VIEWS` of them, evenly spaced. Each gives the same number of evenly spread pixels. Colours are
+    looked up by projecting the points into the image, which may have another camera than the depth.
     """
     views = [i for i in posed_views(scene) if scene.views[i].depth is not None]
     if not views:
         return None
+    views = views[:: -(-len(views) // MAX_VIEWS)]
     alignment = torch.from_numpy(upright(scene))
     points, colours = [], []
     for index in views:

@@ -14,6 +14,7 @@ from PIL import Image
 from services.contracts import ImageRef, Scene, View
 from services.data import cloud as clouds
 from services.data import show
+from services.data.images import load_image
 from services.errors import DataError
 from tests.unit.services.data import toy_scene
 
@@ -58,6 +59,18 @@ def test_the_cloud_lies_on_the_room(scene: Scene, room: toy_scene.Room, tmp_path
     assert np.percentile(np.min([shell, *boxes], axis=0), 99) < 0.01  # on a wall or on a face of a box
     assert (cloud.points > -0.01).all()
     assert (cloud.points < size + 0.01).all()
+
+
+def test_a_long_scan_gives_its_cloud_from_evenly_spaced_views(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(clouds, "load_image", lambda ref: seen.append(ref.path) or load_image(ref))
+    monkeypatch.setattr(clouds, "MAX_VIEWS", 3)
+    assert clouds.fuse(scene, max_points=900) is not None
+    step = -(-len(scene.views) // 3)
+    assert step > 1
+    assert seen == [view.image.path for view in scene.views[::step]]
 
 
 def test_colours_of_the_cloud_are_those_of_the_image(tmp_path: Path) -> None:
