@@ -28,7 +28,8 @@ from services.features.layout import Layout
 
 Buffer = mmap.mmap | bytes | memoryview
 VERIFY = ("always", "first_touch", "off")
-#: Bytes copied, then hashed while they are still in the cache of the core.
+#: Bytes copied, then hashed while they are still in the cache of the core. Copies without a hash gain by it too: a
+#: large one would bypass the cache, from which the reader of the buffer wants its bytes.
 _CHUNK = 512 * 1024
 
 
@@ -145,23 +146,23 @@ class Shard:
     def _copy(
         self, layout: Layout, offset: int, checksum: bytes | None, row: int, into: Mapping[str, np.ndarray]
     ) -> Record:
-        """Copy chunk by chunk and hash each chunk from its destination, and what lies between from the map."""
+        """Copy chunk by chunk; with ``checksum`` hash each from its destination, and what lies between from the map."""
         hasher = xxhash.xxh3_128() if checksum is not None else None
         record: Record = {}
         at = 0
         # Layouts keep their fields in the order of names, which is the order of the bytes, except empty ones.
         for f in layout.fields:
             buffer = _buffer(into, f.name, f.storage, f.count).reshape(f.shape)
-            if hasher is None:
-                np.copyto(buffer.reshape(-1), np.frombuffer(self._map, f.storage, f.count, offset + f.offset))
-            elif f.nbytes:
+            if f.nbytes:
                 target = buffer.reshape(-1).view(np.uint8)
                 source = self._bytes[offset + f.offset : offset + f.offset + f.nbytes]
-                hasher.update(self._view[offset + at : offset + f.offset])
+                if hasher is not None:
+                    hasher.update(self._view[offset + at : offset + f.offset])
                 for a in range(0, f.nbytes, _CHUNK):
                     part = target[a : a + _CHUNK]
                     np.copyto(part, source[a : a + _CHUNK])
-                    hasher.update(part.data)
+                    if hasher is not None:
+                        hasher.update(part.data)
                 at = f.offset + f.nbytes
             record[f.name] = Tensor(data=buffer, dtype=f.dtype)
         if hasher is not None:
