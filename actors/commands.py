@@ -13,15 +13,6 @@ from configs import ConfigError, RunConfig
 from services.telemetry.progress import counting
 
 
-def local_root(config: RunConfig, what: str) -> Path:
-    """``storage.root`` as a folder of this machine. ConfigError when it is a URI and ``what`` cannot go there."""
-    from configs.paths import is_uri
-
-    if is_uri(config.storage.root):
-        raise ConfigError(f"storage.root={config.storage.root}: {what} need a local folder; give --out FOLDER")
-    return Path(config.storage.root)
-
-
 def configure(args: argparse.Namespace) -> RunConfig:
     """The configuration that ``--config`` and the overrides of a command describe. Raises ConfigError."""
     import configs
@@ -101,7 +92,6 @@ def data_make(args: argparse.Namespace) -> int:
     else:
         from services.data.sources import ensure_rooms
 
-        local_root(config, "rooms")
         with counting("making rooms", config.logger.progress) as show:
             folder = ensure_rooms(config.data.rooms, config.storage, show)
     print(f"{config.data.rooms.scenes} rooms of {config.data.rooms.views} views in {folder}")
@@ -125,7 +115,7 @@ def data_check(args: argparse.Namespace) -> int:
     config = configure(args)
     from services.data.checks import run_check
 
-    out = Path(args.out).expanduser() if args.out else local_root(config, "reports of checks") / "checks"
+    out = Path(args.out).expanduser() if args.out else Path(config.storage.root) / "checks"
     sets: dict[str, Path] = {}
     for text in args.against:
         name, _, file = text.partition("=")
@@ -147,7 +137,7 @@ def data_questions(args: argparse.Namespace) -> int:
     config = configure(args)
     from services.data.questions import run_questions
 
-    out = Path(args.out).expanduser() if args.out else local_root(config, "questions") / "questions"
+    out = Path(args.out).expanduser() if args.out else Path(config.storage.root) / "questions"
     with counting("questions about", config.logger.progress) as show:
         lines = run_questions(config, out, show)
     print("\n".join(lines))
@@ -160,7 +150,7 @@ def data_show(args: argparse.Namespace) -> int:
     from services.data.show import run_show
 
     name = args.scene.replace("/", "-")
-    out = Path(args.out).expanduser() if args.out else local_root(config, "pictures") / "show" / name
+    out = Path(args.out).expanduser() if args.out else Path(config.storage.root) / "show" / name
     print(run_show(config, args.scene, out))
     return 0
 

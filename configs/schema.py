@@ -12,7 +12,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
-    # Absolute folder or URI that holds runs, caches and generated data; "~" is expanded at load.
+    # Absolute folder that holds runs, caches and generated data; "~" is expanded at load. A run on several nodes needs
+    # one that all of them see (a shared file system, a mounted bucket).
     root: str = "~/loom3d"
 
 

@@ -190,10 +190,16 @@ def _run(config: RunConfig) -> Iterator[str]:
             "beginning with a letter or digit"
         )
     root = config.storage.root
-    if not is_uri(root) and not root.startswith("/"):
+    if is_uri(root):
+        yield (
+            f"storage.root={root!r} is a URI: checkpoints and records are locked and appended to in a folder; "
+            "give one that all nodes see (a shared file system, a mounted bucket). Features go to a bucket with "
+            "cache=shared cache.remote=s3://bucket/features"
+        )
+    elif not root.startswith("/"):
         yield (
             f"storage.root={root!r} is relative: a worker on another node, or a submitted job, has another working "
-            "folder; give an absolute folder, one that begins with ~, or a URI such as s3://bucket/folder"
+            "folder; give an absolute folder, or one that begins with ~"
         )
 
 
@@ -308,11 +314,6 @@ def _cache(config: RunConfig) -> Iterator[str]:
         yield (
             f"cache.root={cache.root!r} must be an absolute folder on a local disk: the node-local tier is read by "
             "memory mapping; a shared folder or a URI goes into cache.remote"
-        )
-    if not cache.root and is_uri(config.storage.root):
-        yield (
-            f"cache.root is empty and storage.root={config.storage.root} is a URI: the node-local tier of the cache "
-            "needs a local folder; give cache.root=/folder/on/a/local/disk"
         )
     if cache.remote and not is_uri(cache.remote) and not cache.remote.startswith("/"):
         yield f"cache.remote={cache.remote!r} must be an absolute folder or a URI such as s3://bucket/folder"

@@ -11,7 +11,6 @@ import psutil
 
 from actors.preflight.encoders import EncoderCost
 from actors.preflight.plan import CachePlan, NodePlan, RolePlan
-from configs.paths import is_uri
 from configs.schema import RunConfig
 from services.runtime.placement import MEMORY
 
@@ -27,13 +26,19 @@ SHARED_FILE_SYSTEMS = frozenset(
 def storage_problems(config: RunConfig, nodes: Sequence[NodePlan]) -> Iterator[str]:
     """A folder that only this machine sees, in a run of several; optional libraries that a setting needs."""
     root = config.storage.root
-    if len(nodes) > 1 and config.cluster.mode == "attach" and not is_uri(root):
+    if len(nodes) > 1 and config.cluster.mode == "attach":
         kind = file_system(Path(root))
         if kind not in SHARED_FILE_SYSTEMS:
             yield (
                 f"storage.root={root} lies on a local disk of this machine (file system {kind or 'unknown'}), but the "
                 f"run has {len(nodes)} nodes: checkpoints and features written on one would be missing on the others; "
-                "give a folder on a shared file system, or a URI such as s3://bucket/loom3d"
+                "give a folder on a shared file system"
+            )
+        tier = cache_root(config)
+        if config.cache.mode != "never" and file_system(tier) in SHARED_FILE_SYSTEMS:
+            yield (
+                f"the cache's node-local tier {tier} lies on a shared file system (its files are mapped into memory): "
+                f"give cache.root=/folder/on/each/node's/disk, and share by cache=shared cache.remote={root}/features"
             )
     for library, value in (("wandb", config.logger.wandb), ("mlflow", config.logger.mlflow)):
         if value and find_spec(library) is None:
@@ -73,7 +78,7 @@ def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_me
 def disk_problems(config: RunConfig, cache: CachePlan) -> Iterator[str]:
     """A cache that does not fit the disk of this machine, where the run is on this machine."""
     root = cache_root(config)
-    if config.cluster.mode == "attach" or root is None or not cache.stored_bytes:
+    if config.cluster.mode == "attach" or not cache.stored_bytes:
         return
     free = shutil.disk_usage(existing_parent(root)).free
     if cache.stored_bytes > free:
@@ -83,11 +88,9 @@ def disk_problems(config: RunConfig, cache: CachePlan) -> Iterator[str]:
         )
 
 
-def cache_root(config: RunConfig) -> Path | None:
-    """Folder of the node-local tier; None when storage is a URI and none is given."""
-    if config.cache.root:
-        return Path(config.cache.root)
-    return None if is_uri(config.storage.root) else Path(config.storage.root) / "cache"
+def cache_root(config: RunConfig) -> Path:
+    """Folder of the node-local tier."""
+    return Path(config.cache.root) if config.cache.root else Path(config.storage.root) / "cache"
 
 
 def existing_parent(path: Path) -> Path:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One run on a Slurm allocation: a head on the first node, one Ray node a machine, the driver on the first.
 #
-#   sbatch --nodes=3 --gpus-per-node=8 infra/slurm/submit.sh recipe=probe size=paper storage.root=/shared/loom3d
+#   sbatch --nodes=3 --gpus-per-node=8 infra/slurm/submit.sh recipe=probe size=paper storage.root=/shared/loom3d \
+#       cache.root=/local/loom3d cache=shared cache.remote=/shared/loom3d/features
 #
 # TRAIN_NODES (default: all but one) nodes hold trainers, the others encoders. The arguments are overrides of the
-# configuration; storage.root must be on a file system that all nodes share.
+# configuration; storage.root must be on a file system that all nodes share, cache.root on each node's own disk.
 #SBATCH --job-name=loom3d
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

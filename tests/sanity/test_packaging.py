@@ -209,6 +209,17 @@ def test_the_kuberay_entrypoint_is_a_valid_run() -> None:
     assert config.cache.remote.startswith("s3://")
 
 
+def test_every_kuberay_container_sees_the_storage_of_the_run() -> None:
+    job = yaml.safe_load((ROOT / "infra/kuberay/rayjob.yaml").read_text())["spec"]
+    root = next(word for word in job["entrypoint"].split() if word.startswith("storage.root=")).partition("=")[2]
+    cluster = job["rayClusterSpec"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        spec = group["template"]["spec"]
+        claims = {volume["name"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume}
+        mounts = {m["mountPath"] for m in spec["containers"][0]["volumeMounts"] if m["name"] in claims}
+        assert any(Path(root).is_relative_to(mount) for mount in mounts)
+
+
 def test_the_image_copies_every_package() -> None:
     text = (ROOT / "infra/docker/Dockerfile").read_text()
     for package in PACKAGES:

@@ -75,7 +75,7 @@ def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> N
         (["plan", "data=scannet", "data.sources.scannet.root=/absent"], ["DataError", "/absent"]),
         (["plan", "--rates", "/absent"], ["DataError", "/absent", "events"]),
         (["data", "check", "--against", "scannet"], ["--against scannet: write NAME=FILE"]),
-        (["data", "make", "storage.root=s3://b/x", "cache.root=/c"], ["storage.root=s3://b/x", "--out FOLDER"]),
+        (["data", "make", "storage.root=s3://b/x", "cache.root=/c"], ["storage.root='s3://b/x' is a URI"]),
         (["report", "/absent"], ["/absent"]),
         (["features", "stats", "cache=off"], ["cache.mode=never stores nothing", "cache=local"]),
         (["features", "gc"], ["--keep NAME, --budget BYTES"]),

@@ -215,8 +215,11 @@ def test_more_than_one_node_needs_shared_storage(tmp_path: Path, monkeypatch: py
     config = load(tmp_path, "size=paper", "cluster=mixed-gpus")
     with pytest.raises(PlacementError, match=r"storage\.root=.* lies on a local disk .* 2 nodes"):
         preflight.check(config)
-    monkeypatch.setattr(checks, "file_system", lambda path: "lustre")
-    assert preflight.check(config).fits
+    monkeypatch.setattr(checks, "file_system", lambda path: "lustre" if path.is_relative_to(tmp_path) else "xfs")
+    with pytest.raises(PlacementError, match=r"node-local tier .* shared file system .* cache\.root=") as refused:
+        preflight.check(config)
+    assert "storage.root=" not in str(refused.value)
+    assert preflight.check(load(tmp_path, "size=paper", "cluster=mixed-gpus", "cache.root=/mnt/nvme/loom3d")).fits
 
 
 def test_a_file_system_is_found_for_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_home_and_inputs_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_uris_stay_as_they_are() -> None:
-    config = configs.load(["storage.root=s3://bucket/loom3d", "cache.root=/mnt/nvme/cache"])
-    assert config.storage.root == "s3://bucket/loom3d"
+    config = configs.load(["cache=shared", "cache.remote=s3://bucket/loom3d", "cache.root=/mnt/nvme/cache"])
+    assert config.cache.remote == "s3://bucket/loom3d"
 
 
 def test_a_saved_configuration_loads_equal_and_takes_keys(tmp_path: Path) -> None:
