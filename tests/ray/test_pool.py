@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,14 @@ def pictures(folder: Path, count: int) -> list[FeatureRequest]:
     return requests
 
 
-def test_a_killed_replica_and_a_dead_service_change_no_record(ray_cluster, tmp_path):
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_replicas_that_are_killed_released_or_gone_change_no_record(ray_cluster, tmp_path):
     config, requests = config_in(tmp_path), pictures(tmp_path, 24)
     want = Encoder("features", config).encode(requests)
     address = start_pool(config, events_folder=tmp_path / "events")
@@ -63,14 +72,25 @@ def test_a_killed_replica_and_a_dead_service_change_no_record(ray_cluster, tmp_p
     assert stats.leases == 0
     victims = [calls.call(pool.replica(name).pid.remote(), name, 30) for name in replicas]
     assert os.getpid() not in victims
+    stored = client.sink.namespace("features")
+    wait_for(lambda: stored.contains([request.key for request in requests[:8]]).all())
     os.kill(victims[0], signal.SIGKILL)
     got += client.get(requests[8:16], 1)
     assert client._encoders == {}  # the service answered, nothing was encoded here
 
+    # The cache answers everything: nobody needs a replica until something is missing again.
+    pool.report(256, 0)
+    wait_for(lambda: pool.state()[0].live == 0)
+    wait_for(lambda: not Path(f"/proc/{victims[1]}").exists())
+    got += client.get(requests[16:20], 2)
+    state, _ = pool.state()
+    assert (state.released, state.live) == (2, 1)
+    assert client._encoders == {}
+
     stop_pool(address)
     with pytest.raises(ServiceError, match=address.name):
         pool.state()
-    got += client.get(requests[16:], 2)
+    got += client.get(requests[20:], 3)
     assert list(client._encoders) == ["features"]
     client.close()
 
@@ -78,6 +98,6 @@ def test_a_killed_replica_and_a_dead_service_change_no_record(ray_cluster, tmp_p
         assert mine.keys() == theirs.keys()
         assert all(np.array_equal(mine[name].data, theirs[name].data) for name in mine)
     again = FeatureClient(config, open_store(config))
-    again.get(requests[:8] + requests[16:], 3)
-    assert (again.stats.hits, again.stats.encoded) == (16, 0)  # both sides wrote what they encoded
+    again.get(requests[:8] + requests[20:], 4)
+    assert (again.stats.hits, again.stats.encoded) == (12, 0)  # both sides wrote what they encoded
     again.close()
