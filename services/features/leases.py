@@ -111,12 +111,16 @@ class Lease:
         self.release()
 
     def _renew(self) -> None:
+        failing = False
         while not self._stop.wait(self._lasts_s / 3):
             try:
                 self._write()
+                failing = False
             except OSError as error:
                 # On this machine the living process pins all the same; elsewhere the lease may lapse.
-                log.warning("the lease %s was not renewed: %s", self._path, error)
+                if not failing:
+                    log.warning("the lease %s was not renewed: %s", self._path, error)
+                failing = True
 
     def _write(self) -> None:
         line = {

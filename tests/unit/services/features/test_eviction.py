@@ -12,6 +12,7 @@ from services.contracts import FeatureKey
 from services.errors import CacheError
 from services.features import eviction
 from services.features.namespace import Namespace
+from services.features.leases import pinned
 from services.features.store import FeatureStore
 from tests.support.stores import IDENTITY, key_of, record_of, same
 
@@ -165,4 +166,5 @@ def test_a_lease_is_renewed_and_released(tmp_path: Path) -> None:
         while path.read_text() == first and time.monotonic() < deadline:
             time.sleep(0.01)
         assert path.read_text() != first
+        assert pinned(tmp_path) == {"a" * 32}
     assert not list((tmp_path / "leases").iterdir())

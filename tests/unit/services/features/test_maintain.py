@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.encoders import hf
 from models.encoders.hf import HFEncoder
 from services.contracts import FeatureRequest, ImageRef, Intrinsics, Split, Tensor, View
 from services.data.digests import Digester, content_digest
 from services.errors import ConfigError, DataError
 from services.features import maintain
+from services.features.encode import build_encoder
 from services.features.keys import feature_key
 from services.features.sink import StoreSink, open_store
 from services.features.text_table import text_table
@@ -124,6 +126,31 @@ def test_verify_finds_drift(make_config, source, monkeypatch):
     assert report.drift["tokens"].cosine_error > 0.1
     assert report.drift["summary"].cosine_error == 0
     assert "DRIFT" in str(report)
+
+
+def test_weights_that_change_in_their_folder(make_config, source, tmp_path, monkeypatch):
+    """They are another encoder, whose features are not there; were their digest blind, verify would find the drift."""
+
+    def save(seed):
+        settings = make_config().encoders["features"]
+        model = build_encoder("features", make_config(encoder={"seed": seed})).model
+        model.save_pretrained(tmp_path / "weights")
+        return dataclasses.replace(settings, arch={}, weights=str(tmp_path / "weights"))
+
+    config = dataclasses.replace(make_config(), encoders={"features": save(0)})
+    blind = hf.stored_digest(tmp_path / "weights")
+    with open_store(config) as store:
+        maintain.warm(config, store, "tiny", source)
+        assert maintain.verify(config, store).ok
+        save(1)
+        assert maintain.verify(config, store).checked == 0
+        (reason, *_) = why(config, store, {"tiny": source}, "tiny/s0:0").reasons
+        assert [difference.part for difference in reason.differences] == ["identity.weights"]
+        assert reason.differences[0].nearest == blind
+        monkeypatch.setattr(hf, "stored_digest", lambda _: blind)
+        report = maintain.verify(config, store)
+    assert not report.ok
+    assert {drift.differing for drift in report.drift.values()} == {report.checked} == {5}
 
 
 def test_verify_of_nothing_is_not_ok(make_config):
