@@ -11,8 +11,8 @@ import pytest
 from services.contracts import FeatureKey
 from services.errors import CacheError
 from services.features import eviction
-from services.features.namespace import Namespace
 from services.features.leases import pinned
+from services.features.namespace import Namespace
 from services.features.store import FeatureStore
 from tests.support.stores import IDENTITY, key_of, record_of, same
 
