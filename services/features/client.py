@@ -117,14 +117,14 @@ class FeatureClient:
         finally:
             self._settle(mine)
         answers = [self._await(flight) for flight in flights]
-        self._land(flights, step, lookups)
+        self._land(flights, lookups)
         return answers
 
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None:
         """Have the features of ``requests`` made before ``get`` asks; returns at once.
 
         The smallest step goes first. At most ``cache.lookahead_bytes`` are under way or waiting to be taken; the
-        rest queues until some are taken. What :meth:`get` passed by (an earlier step) is dropped.
+        rest queues until some are taken or :meth:`passed`.
         """
         with self._changed:
             if self._closed:
@@ -136,6 +136,19 @@ class FeatureClient:
                     self._order += 1
             if self._thread is None and self._queued:
                 self._thread = supervise.thread("prefetch", self._look_ahead, self._stop_ahead)
+            self._changed.notify_all()
+
+    def passed(self, step: int) -> None:
+        """Drop what was asked for ahead and not taken before ``step``: its consumer will not come for it any more.
+
+        Only the consumer that looks ahead says so. Another one of this client, such as a validation, counts its
+        steps from 0 again.
+        """
+        with self._changed:
+            for flight in [f for f in self._flights.values() if f.ahead and f.step < step and f.answer.done()]:
+                self._free(flight)
+            for name in [name for name, (wanted, _, _) in self._queued.items() if wanted < step]:
+                del self._queued[name]
             self._changed.notify_all()
 
     @property
@@ -210,8 +223,8 @@ class FeatureClient:
                 if not flight.ahead:
                     self._flights.pop(_name(flight.request), None)
 
-    def _land(self, flights: Sequence[_Flight], step: int, lookups: Lookups | None) -> None:
-        """Count, and give back the bytes of what was taken or passed by."""
+    def _land(self, flights: Sequence[_Flight], lookups: Lookups | None) -> None:
+        """Count, and give back the bytes of what was taken."""
         hits = sum(flight.hit for flight in flights)
         if lookups is not None:
             lookups.hits += hits
@@ -222,10 +235,6 @@ class FeatureClient:
             for flight in flights:
                 if flight.ahead:
                     self._free(flight)
-            for flight in [f for f in self._flights.values() if f.ahead and f.step < step and f.answer.done()]:
-                self._free(flight)
-            for name in [name for name, (wanted, _, _) in self._queued.items() if wanted < step]:
-                del self._queued[name]
             self._changed.notify_all()
         self._report()
 

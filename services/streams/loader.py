@@ -40,6 +40,7 @@ class Client(Protocol):
         self, requests: Sequence[FeatureRequest], step: int, lookups: Lookups | None = None
     ) -> list[Record | BaseException]: ...
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None: ...  # noqa: D102
+    def passed(self, step: int) -> None: ...  # noqa: D102
 
 
 class Steps(Protocol):
@@ -200,8 +201,11 @@ class Loader:
         if planned.plan.step != self._expected:
             raise DataError(f"the stream gave step {planned.plan.step} where step {self._expected} was due")
         self._expected += 1
-        for ahead in self._steps.arrived():
+        arrived = self._steps.arrived()
+        for ahead in arrived:
             self._ask_for(ahead)
+        if arrived:
+            self._client.passed(planned.plan.step)
         t0 = time.time()
         with events.span("prepare", step=planned.plan.step) as fields:
             step = self._load(planned, slot)

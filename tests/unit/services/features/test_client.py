@@ -267,7 +267,11 @@ def test_what_the_consumer_passed_by_is_dropped(make_config, make_requests):
     client = FeatureClient(config, None, make_encoder=encoder)
     client.prefetch(requests[:4], 1)
     wait_for(lambda: len(client._flights) == 4 and all(flight.answer.done() for flight in client._flights.values()))
-    client.get(requests[4:], 2)
+    client.get(requests[4:], 2)  # of another consumer, whose steps are others
+    assert len(client._flights) == 4
+    client.passed(1)
+    assert len(client._flights) == 4
+    client.passed(2)
     assert client._ahead_bytes == 0
     assert client._flights == {}
     client.close()

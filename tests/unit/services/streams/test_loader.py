@@ -38,6 +38,7 @@ class FakeClient:
         self.answer = answer
         self.steps: list[int] = []
         self.asked_ahead: list[tuple[int, int]] = []
+        self.passed_by = -1
 
     def get(
         self, requests: Sequence[FeatureRequest], step: int, lookups: Lookups | None = None
@@ -54,6 +55,9 @@ class FakeClient:
 
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None:
         self.asked_ahead.append((step, len(requests)))
+
+    def passed(self, step: int) -> None:
+        self.passed_by = step
 
 
 class World:
@@ -287,6 +291,7 @@ def test_rows_from_a_stream_give_the_same_batches_as_the_plan(tmp_path: Path, qu
         # Everything that arrived was asked for ahead, each step once.
         assert [step for step, _ in client.asked_ahead] == [1, 2, 3, 4]
         assert all(count >= 4 for _, count in client.asked_ahead)
+        assert client.passed_by >= 0
     if "view_set" in quotas:
         batch = streamed[0][1]
         assert batch["0.tokens"].shape[1:] == (2, 8)
