@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file; every rule reads it, so it is parsed once."""
+    return ast.parse(path.read_text())
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """(module, line) of every import in a syntax tree."""
     for node in ast.walk(tree):
@@ -94,7 +101,7 @@ def test_packages_import_in_one_direction(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     wrong = [
         f"line {line}: {module}"
-        for module, line in imports(ast.parse(path.read_text()))
+        for module, line in imports(tree_of(path))
         if (first := module.partition(".")[0]) in OURS and first != package and first not in ALLOWED[package]
     ]
     assert wrong == [], f"{name_of(path)} may import {sorted(ALLOWED[package]) or 'nothing of ours'} beside itself"
@@ -102,14 +109,14 @@ def test_packages_import_in_one_direction(path: Path) -> None:
 
 def test_infra_and_tests_are_imported_by_nobody_else() -> None:
     for path in python_files("infra"):
-        modules = {module.partition(".")[0] for module, _ in imports(ast.parse(path.read_text()))}
+        modules = {module.partition(".")[0] for module, _ in imports(tree_of(path))}
         assert "tests" not in modules, name_of(path)
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_libraries_stay_where_they_belong(path: Path) -> None:
     name = name_of(path)
-    for module, line in imports(ast.parse(path.read_text())):
+    for module, line in imports(tree_of(path)):
         places = CONFINED.get(module.partition(".")[0])
         if places is None:
             continue
@@ -121,7 +128,7 @@ def test_libraries_stay_where_they_belong(path: Path) -> None:
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_heavy_libraries_are_imported_where_they_are_needed(path: Path) -> None:
     allowed = HEAVY_FILES.get(name_of(path), set())
-    found = (top_level_imports(ast.parse(path.read_text())) & HEAVY) - allowed
+    found = (top_level_imports(tree_of(path)) & HEAVY) - allowed
     if "ray" in found and any(name_of(path) == place for place in CONFINED["ray"] if place.endswith(".py")):
         found.discard("ray")
     assert found == set(), f"{name_of(path)} imports {found} at its top; import inside the function that needs it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file; every rule reads it, so it is parsed once."""
+    return ast.parse(path.read_text())
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
 
@@ -36,7 +43,7 @@ def test_file_and_functions_are_short(path: Path) -> None:
     assert len(text.splitlines()) <= MAX_FILE, f"{name_of(path)}: split it"
     long = [
         f"{node.name} ({node.end_lineno - node.lineno + 1} lines)"
-        for node in functions(ast.parse(text))
+        for node in functions(tree_of(path))
         if node.end_lineno is not None and node.end_lineno - node.lineno + 1 > MAX_FUNCTION
     ]
     assert long == [], f"{name_of(path)}: functions over {MAX_FUNCTION} lines"
@@ -46,14 +53,14 @@ def test_file_and_functions_are_short(path: Path) -> None:
 def test_module_says_what_it_is(path: Path) -> None:
     text = path.read_text()
     if text.strip():
-        assert ast.get_docstring(ast.parse(text)), f"{name_of(path)} has no docstring"
+        assert ast.get_docstring(tree_of(path)), f"{name_of(path)} has no docstring"
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_public_functions_are_typed_and_documented(path: Path) -> None:
     missing = []
     text = path.read_text()
-    for node in public_functions(ast.parse(text)):
+    for node in public_functions(tree_of(path)):
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
         if untyped or node.returns is None:
@@ -87,7 +94,7 @@ def documented(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_only_the_supervisor_catches_everything(path: Path) -> None:
     broad = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             names = {part.strip(" ()") for part in caught.split(",")}
@@ -100,7 +107,7 @@ def test_only_the_supervisor_catches_everything(path: Path) -> None:
 def test_every_wait_for_ray_has_a_deadline(path: Path) -> None:
     naked = [
         f"line {node.lineno}: {ast.unparse(node.func)}"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ray.get", "ray.wait")
     ]
     assert naked == [] or name_of(path) == CALLS, f"{name_of(path)}: use services.runtime.calls"
@@ -109,7 +116,7 @@ def test_every_wait_for_ray_has_a_deadline(path: Path) -> None:
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_nothing_untrusted_is_unpickled(path: Path) -> None:
     wrong = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.Call):
             continue
         function = ast.unparse(node.func)
@@ -132,7 +139,7 @@ def test_tests_stand_beside_what_they_test() -> None:
 @pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_every_test_can_fail(path: Path) -> None:
     """A test asserts, expects an exception, or calls a helper of its file that does."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     checking = {f.name for f in functions(tree) if checks(f, set())}
     idle = [f.name for f in functions(tree) if f.name.startswith("test_") and not checks(f, checking)]
     assert idle == [], f"{name_of(path)}: tests without an assertion"

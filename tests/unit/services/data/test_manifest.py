@@ -68,7 +68,7 @@ def test_scenes_come_back_whole_with_absolute_paths(root: Path) -> None:
 def long_row(record: Scene | Item) -> Row:
     """A row of a record whose files nobody reads."""
     refs = [view.image for view in record.views] if isinstance(record, Scene) else record.images
-    bare, views = encode(record, lambda path: path.removeprefix("/root/"))
+    bare, views = encode(record, lambda path: path.removeprefix("/base/"))
     return Row(
         id=record.id,
         kind="scene" if isinstance(record, Scene) else "item",
@@ -84,7 +84,7 @@ def long_row(record: Scene | Item) -> Row:
 
 
 def test_single_views_come_without_the_rest_of_their_scene(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = tuple(ImageRef(path=f"/root/s/{i}.png") for i in range(2 * BLOCK + 3))
+    images = tuple(ImageRef(path=f"/base/s/{i}.png") for i in range(2 * BLOCK + 3))
     scene = Scene(
         id="s",
         views=tuple(View(image=image, timestamp=i / 7) for i, image in enumerate(images)),
@@ -92,7 +92,7 @@ def test_single_views_come_without_the_rest_of_their_scene(monkeypatch: pytest.M
     )
     item = Item(id="i", images=images, label="cat")
     bare = Item(id="text", turns=(Turn(role="user", text="hello"),))
-    manifest = Manifest.build(Facts(name="mine", root="/root", settings=""), map(long_row, (scene, item, bare)))
+    manifest = Manifest.build(Facts(name="mine", root="/base", settings=""), map(long_row, (scene, item, bare)))
     assert [manifest.scene(record.id) for record in (scene, item, bare)] == [scene, item, bare]
     places = [0, 2 * BLOCK + 2, BLOCK - 1, BLOCK, 3, 3]
     assert manifest.digests("s", places) == [manifest.entry("s").digests[place] for place in places]
