@@ -22,8 +22,8 @@ from services.data.rooms.room import Light, Room
 SUPERSAMPLING = 2
 PERIOD = 4
 """Colour rays after which the pattern of light samples repeats, in x and in y."""
-BAND = 48
-"""Rows of pixels that are shaded together: bounds the memory of large pictures."""
+TOGETHER = 2**17
+"""Colour rays that are shaded together: bounds the memory of large pictures."""
 OFFSET = 1e-3
 """Metres by which a secondary ray starts off its surface."""
 OCCLUSION_REACH = 0.7
@@ -155,10 +155,11 @@ class Renderer:
         """(2H, 2W, 3) float32 linear radiance of the colour rays, before exposure."""
         s = SUPERSAMPLING
         bands = []
-        for top in range(0, K.height, BAND):
-            bottom = min(top + BAND, K.height)
-            # A margin of two pixels lets the filter see past the band's edge.
-            first, last = max(top - 2, 0), min(bottom + 2, K.height)
+        height = max(1, TOGETHER // (K.width * s**2))
+        for top in range(0, K.height, height):
+            bottom = min(top + height, K.height)
+            # A margin of one pixel lets the filter, which reaches two rays far, see past the band's edge.
+            first, last = max(top - 1, 0), min(bottom + 1, K.height)
             rows = (np.arange(first * s, last * s) + 0.5) / s - 0.5
             columns = (np.arange(K.width * s) + 0.5) / s - 0.5
             u, v = np.meshgrid(columns, rows)

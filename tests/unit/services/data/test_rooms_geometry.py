@@ -306,7 +306,7 @@ def test_pictures_are_neither_dark_nor_burnt_out(rooms):
 def test_bands_do_not_show(rooms, monkeypatch):
     _, renderer, K, poses = rooms[1]
     whole = renderer.radiance(poses[0], K)
-    monkeypatch.setattr("services.data.rooms.render.BAND", 20)
+    monkeypatch.setattr("services.data.rooms.render.TOGETHER", 5000)
     np.testing.assert_allclose(renderer.radiance(poses[0], K), whole, atol=1e-5)
 
 
