@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,17 @@ def test_a_cluster_of_our_own_starts_and_leaves_nothing(tmp_path):
     assert after["left"] is False
     assert after["tmp"] == ""
     assert ".ray" not in after["home"]
+
+
+@pytest.mark.parametrize(("error", "kept"), [(None, False), (ServiceError("a replica died"), True)])
+def test_rays_logs_are_kept_where_a_service_failed(tmp_path, monkeypatch, caplog, error, kept):
+    folder = tmp_path / "lr0"
+    folder.mkdir()
+    monkeypatch.setattr(cluster, "start", lambda config: cluster.Cluster(address="a", started=True, folder=folder))
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(shutdown=lambda: None))
+    ended = pytest.raises(ServiceError) if error else contextlib.nullcontext()
+    with ended, cluster.running(RunConfig()):
+        if error:
+            raise error
+    assert folder.exists() is kept
+    assert (str(folder) in caplog.text) is kept
