@@ -19,6 +19,9 @@ from services.telemetry.progress import counting
 
 if TYPE_CHECKING:
     from actors.trainers.roles import Feed, RoleResult
+    from services.contracts import CacheStats
+    from services.data.manifest import Manifest
+    from services.features.pool import PoolAddress
 
 _log = logging.getLogger("loom3d")
 
@@ -94,7 +97,7 @@ def open_run_folder(config: RunConfig) -> Path:
 
 
 @contextmanager
-def _services(config: RunConfig, folder: Path) -> Iterator[Any]:
+def _services(config: RunConfig, folder: Path) -> Iterator[PoolAddress | None]:
     """The cluster and the feature service, ended in reverse order; yields the service's address, None without one."""
     if config.cluster.mode == "inline":
         yield None
@@ -116,7 +119,7 @@ def _services(config: RunConfig, folder: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _feed(config: RunConfig, manifests: Mapping[str, Any], pool: Any) -> Iterator[Feed]:
+def _feed(config: RunConfig, manifests: Mapping[str, Manifest], pool: PoolAddress | None) -> Iterator[Feed]:
     """Samples for this process: the store, a client of the service, the targets."""
     from actors.trainers.roles import Feed
     from services.features.client import FeatureClient
@@ -144,7 +147,7 @@ def _record(config: RunConfig, folder: Path, feed: Feed) -> None:
     (folder / "config.yaml").write_text(configs.to_yaml(config))
 
 
-def _train(config: RunConfig, folder: Path, feed: Feed, pool: Any) -> RoleResult:
+def _train(config: RunConfig, folder: Path, feed: Feed, pool: PoolAddress | None) -> RoleResult:
     """Train the role: here, or in Ray Train workers."""
     if config.cluster.mode == "inline":
         from actors.trainers.backends.single import SingleBackend
@@ -179,7 +182,7 @@ def _progress(config: RunConfig, folder: Path) -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def _summarise(config: RunConfig, folder: Path, trained: RoleResult, stats: Any, seconds: float) -> None:
+def _summarise(config: RunConfig, folder: Path, trained: RoleResult, stats: CacheStats, seconds: float) -> None:
     """summary.json: what the report's head says beside the metrics."""
     facts = {
         "steps": trained.steps,

@@ -22,6 +22,9 @@ from actors.trainers.recompute import checkpoint_activations
 from configs.schema import RunConfig
 from models.spec import RoleSpec, TensorSpec
 from services.contracts import Split
+from services.data.manifest import Manifest
+from services.features.client import FeatureClient
+from services.features.store import FeatureStore
 from services.streams.collate import Collate
 from services.streams.ledger import Ledger, read_quarantine
 from services.streams.loader import Loader, Steps, column_specs
@@ -46,16 +49,21 @@ class Feed:
     """Where samples come from in this process."""
 
     config: RunConfig
-    manifests: Mapping[str, Any]
-    client: Any
-    """FeatureClient."""
+    manifests: Mapping[str, Manifest]
+    client: FeatureClient
     targets: Targets
     columns: Mapping[str, Mapping[str, TensorSpec]]
     """By kind, the columns of a batch, so that even a first micro-batch without a good sample has its shapes."""
     quarantine: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, config: RunConfig, manifests: Mapping[str, Any], client: Any, store: Any = None) -> Feed:
+    def open(
+        cls,
+        config: RunConfig,
+        manifests: Mapping[str, Manifest],
+        client: FeatureClient,
+        store: FeatureStore | None = None,
+    ) -> Feed:
         """Read the quarantine list and prepare the targets, kept in ``store`` where there is one.
 
         Features and targets are pinned from here on: what a live run rereads is not evicted by another. Close it.
