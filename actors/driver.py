@@ -49,9 +49,11 @@ def train(config: RunConfig) -> RunResult:
     from actors.evaluate import evaluate
     from actors.report import write_report
     from services.data.sources import open_sources
+    from services.features.encode import pin_weights
 
     began = time.time()
     preflight.check(config)  # a run that cannot start leaves nothing behind
+    config = pin_weights(config)
     folder = open_run_folder(config)
     _log.info("run %s in %s", folder.name, folder)
     logs.record(folder / "events", "driver")

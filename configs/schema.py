@@ -101,6 +101,9 @@ class EncoderConfig:
     family: str = "dinov2"
     # "random" (initialised from `seed`), a local folder, or a hub name.
     weights: str = "random"
+    # sha256 that the weights must have ("" accepts any); a run pins it, so that weights which change while it runs are
+    # refused in whatever process loads them.
+    digest: str = ""
     # Overrides of the architecture when weights=random (hidden_size, num_hidden_layers, ...).
     arch: dict[str, Any] = field(default_factory=dict)
     # Seed of random weights.

@@ -33,6 +33,7 @@ from models.encoders.weights import (
     load_strict,
     read_json,
     resolve_folder,
+    same_digest,
     seeded,
     stored_digest,
     tensor_digest,
@@ -270,6 +271,8 @@ class HFEncoder(FrozenEncoder):
                     getattr(transformers, self.architecture.model), self.folder, self.dtype,
                     other_tower=_TEXT_SIDE, config=self.config, attn_implementation="sdpa",
                 )  # fmt: skip
+            # The identity may have been asked for long before.
+            self._digest = same_digest(stored_digest(self.folder), self._digest, self.folder)
         self.freeze()
         return self
 

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.hf import architecture_identity, library_versions, quiet_transformers
-from models.encoders.weights import RANDOM, load_strict, read_json, resolve_folder, stored_digest, torch_dtype
+from models.encoders.weights import (
+    RANDOM,
+    load_strict,
+    read_json,
+    resolve_folder,
+    same_digest,
+    stored_digest,
+    torch_dtype,
+)
 from models.errors import ModelError, WeightsError
 from models.spec import TensorSpec
 
@@ -75,6 +83,7 @@ class HFTextEncoder(FrozenEncoder):
                     getattr(transformers, self.model_class), self.folder, self.dtype,
                     other_tower=_IMAGE_SIDE, config=self.config, attn_implementation="sdpa",
                 )  # fmt: skip
+            self._digest = same_digest(stored_digest(self.folder), self._digest, self.folder)
             self.freeze()
         return self
 

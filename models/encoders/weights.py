@@ -120,6 +120,16 @@ def stored_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def same_digest(found: str, expected: str, where: object) -> str:
+    """``found``, unless another digest was expected: WeightsError, since records would carry the wrong name."""
+    if expected and found != expected:
+        raise WeightsError(
+            f"the weights of {where} have sha256 {found[:16]}..., {expected[:16]}... is expected: they changed after "
+            "the run began, or differ between machines; put the old ones back, or start a new run"
+        )
+    return found
+
+
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over tensors in memory in order of their names: name, dtype, shape, bytes."""
     digest = hashlib.sha256()

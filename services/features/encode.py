@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections import defaultdict
@@ -15,6 +16,7 @@ import torch
 from configs.schema import RunConfig
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.families import input_kind
+from models.encoders.weights import same_digest
 from models.errors import ModelError
 from models.spec import TensorSpec
 from services.contracts import FeatureRequest, Record, Tensor
@@ -36,12 +38,35 @@ _RAGGED = 64
 def build_encoder(name: str, config: RunConfig) -> FrozenEncoder:
     """The encoder ``encoders.<name>`` of the run, with those it reads from. Weights from a folder load at first use.
 
-    ConfigError for an unknown name or a chain that bites its tail; ModelError and WeightsError from the encoder.
+    ConfigError for an unknown name or a chain that bites its tail; ModelError and WeightsError from the encoder,
+    WeightsError also when the weights are not those of ``encoders.<name>.digest``.
     """
     return _build(name, config, ())
 
 
+def pin_weights(config: RunConfig) -> RunConfig:
+    """The same run, each encoder bound to the weights that it has now, in every process that the config is sent to."""
+    pinned = {
+        name: dataclasses.replace(settings, digest=_weights_of(build_encoder(name, config)))
+        for name, settings in config.encoders.items()
+    }
+    return dataclasses.replace(config, encoders=pinned)
+
+
+def _weights_of(encoder: FrozenEncoder) -> str:
+    """Digest of an encoder's own weights; "" for one that has none."""
+    return str(encoder.identity().get("weights", ""))
+
+
 def _build(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncoder:
+    encoder = _make(name, config, before)
+    settings = encoder_config(name, config)
+    if settings.digest:
+        same_digest(_weights_of(encoder), settings.digest, f"encoders.{name} ({settings.weights})")
+    return encoder
+
+
+def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncoder:
     if name in before:
         raise ConfigError(f"encoders read each other in a circle: {' -> '.join((*before, name))}")
     settings = encoder_config(name, config)

@@ -12,9 +12,9 @@ from configs.schema import EncoderConfig
 from models.encoders.base import FrozenEncoder, InputKind
 from models.spec import TensorSpec
 from services.contracts import FeatureRequest, ImageRef
-from services.errors import ConfigError, DataError, ModelError
+from services.errors import ConfigError, DataError, ModelError, WeightsError
 from services.features import encode
-from services.features.encode import Encoder, as_stored, build_encoder, record_bytes, to_record, to_torch
+from services.features.encode import Encoder, as_stored, build_encoder, pin_weights, record_bytes, to_record, to_torch
 from services.features.keys import feature_key
 from services.features.sink import StoredUpstream, StoreSink, open_store
 
@@ -164,3 +164,44 @@ def test_chains_that_cannot_be_are_refused(encoders, name, message, make_config)
     config = dataclasses.replace(config, encoders={**config.encoders, **encoders})
     with pytest.raises(ConfigError, match=message):
         build_encoder(name, config)
+
+
+@pytest.fixture
+def stored(make_config, tmp_path):
+    """A run on weights from a folder, and a function that puts other weights there."""
+
+    def save(seed):
+        build_encoder("features", make_config(encoder={"seed": seed})).model.save_pretrained(tmp_path / "weights")
+
+    save(0)
+    settings = dataclasses.replace(
+        make_config().encoders["features"], arch={}, weights=str(tmp_path / "weights"), dtype="float32"
+    )
+    return dataclasses.replace(make_config(), encoders={"features": settings}), save
+
+
+def test_a_run_is_bound_to_the_weights_that_it_began_with(stored):
+    config, save = stored
+    pinned = pin_weights(config)
+    assert pinned.encoders["features"].digest == build_encoder("features", config).identity()["weights"]
+    assert build_encoder("features", pinned).identity() == build_encoder("features", config).identity()
+    save(1)
+    with pytest.raises(WeightsError, match=r"encoders\.features .*changed after the run began"):
+        build_encoder("features", pinned)
+    assert pin_weights(config) != pinned
+
+
+def test_weights_that_change_between_identity_and_loading_are_refused(stored):
+    config, save = stored
+    encoder = build_encoder("features", config)
+    encoder.identity()
+    save(1)
+    with pytest.raises(WeightsError, match="changed after the run began"):
+        encoder.load()
+
+
+def test_chains_are_pinned_link_by_link(make_config):
+    pinned = pin_weights(make_config())
+    assert len(pinned.encoders["features"].digest) == 64
+    assert pinned.encoders["small"].digest == "", "pooling has no weights"
+    build_encoder("small", pinned)
