@@ -62,6 +62,7 @@ def train(config: RunConfig) -> RunResult:
     for name, manifest in manifests.items():
         _log.info("data %s: %d entries, %d views", name, len(manifest), manifest.count_views())
     with ExitStack() as running:
+        running.callback(events.configure, None, "")  # a next run in this process has a folder of its own
         running.enter_context(logs.relayed(folder / "events"))
         pool = running.enter_context(_services(config, folder))
         feed = running.enter_context(_feed(config, manifests, pool))

@@ -36,7 +36,10 @@ class EventHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
         if record.name.partition(".")[0] in OURS and record.name != _RELAY:
             text = self.format(record)
-            events.emit(EVENT, record.created, record.created, level=record.levelname, text=text)
+            try:
+                events.emit(EVENT, record.created, record.created, level=record.levelname, text=text)
+            except OSError:
+                self.handleError(record)  # a full disk or a folder that is gone must not end the run that says so
 
 
 class TerminalHandler(logging.Handler):

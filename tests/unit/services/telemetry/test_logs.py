@@ -77,3 +77,10 @@ def test_debug_is_seen_by_whoever_asks() -> None:
     with logs.terminal(debug=True, stream=io.StringIO()):
         assert logs.debugging()
     assert not logs.debugging()
+
+
+def test_a_run_folder_that_is_gone_does_not_stop_who_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.record(tmp_path / "events", "driver")
+    (tmp_path / "events").rmdir()
+    logging.getLogger("loom3d").warning("said all the same")
+    assert "FileNotFoundError" in capsys.readouterr().err
