@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -30,6 +31,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_RAY_TMPDIR, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_stays_open() -> Iterator[None]:
+    """What a run records of its process (events, log records) ends with the test that ran it."""
+    from services.telemetry import events, logs
+
+    yield
+    events.configure(None, "")
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, logs.EventHandler)]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

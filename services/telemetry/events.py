@@ -7,6 +7,7 @@ A process calls :func:`configure` once with the run's ``events`` folder and its 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _path: Path | None = None
 _who = ""
@@ -37,7 +39,11 @@ def name() -> str:
 
 
 def emit(what: str, t0: float, t1: float, **fields: Any) -> None:
-    """Record that ``what`` lasted from ``t0`` to ``t1`` (Unix seconds). Fields are JSON values."""
+    """Record that ``what`` lasted from ``t0`` to ``t1`` (Unix seconds). Fields are JSON values.
+
+    An event never ends a run: when the folder is gone or the disk is full, this says so once and records no more.
+    """
+    global _path
     if _path is None:
         return
     line = {"who": _who, "what": what, "t0": round(t0, 6), "t1": round(t1, 6), **fields}
@@ -46,12 +52,20 @@ def emit(what: str, t0: float, t1: float, **fields: Any) -> None:
         path = _path
         if path is None:
             return
-        # One write call on a file opened for appending: lines of several processes do not mix.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+            _append(path, data)
+        except OSError as error:
+            _path = None
+            _log.warning("events of %s are no longer recorded: %s", _who, error)
+
+
+def _append(path: Path, data: bytes) -> None:
+    """One write call on a file opened for appending: lines of several processes do not mix."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

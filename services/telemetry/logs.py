@@ -35,11 +35,7 @@ class EventHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
         if record.name.partition(".")[0] in OURS and record.name != _RELAY:
-            text = self.format(record)
-            try:
-                events.emit(EVENT, record.created, record.created, level=record.levelname, text=text)
-            except OSError:
-                self.handleError(record)  # a full disk or a folder that is gone must not end the run that says so
+            events.emit(EVENT, record.created, record.created, level=record.levelname, text=self.format(record))
 
 
 class TerminalHandler(logging.Handler):

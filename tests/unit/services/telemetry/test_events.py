@@ -43,3 +43,15 @@ def test_read_merges_processes_in_time_and_skips_a_torn_line(tmp_path: Path) -> 
     )
     (tmp_path / "b.jsonl").write_text(json.dumps({"who": "b", "what": "y", "t0": 1.0, "t1": 5.0}) + "\n")
     assert [event["who"] for event in events.read(tmp_path)] == ["b", "a"]
+
+
+def test_a_folder_that_went_away_is_said_once_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    events.configure(tmp_path / "run" / "events", "trainer-0")
+    (tmp_path / "run").rename(tmp_path / "run.1")
+    for _ in range(2):
+        with events.span("encode"):
+            pass
+    assert [record.message for record in caplog.records if "no longer recorded" in record.message] != []
+    assert len(caplog.records) == 1
