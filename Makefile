@@ -1,5 +1,6 @@
 # One virtual environment, pinned; every target works on a fresh clone.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,10 +8,6 @@ STAMP := $(VENV)/.loom3d-stamp
 NAME ?= features
 OUT ?= $(HOME)/loom3d
 
-# Ray: listen on loopback only, and agree on authentication without touching the home folder.
-export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
-export RAY_AUTH_MODE ?= disabled
-export RAY_USAGE_STATS_ENABLED := 0
 export DS_ACCELERATOR ?= cpu
 
 .PHONY: help setup demo test test-slow check format bench learn clean
@@ -26,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## the virtual environment with pinned dependencies
 
-demo: $(STAMP)  ## rooms -> frozen features -> cache -> trained probe -> report
+demo: $(STAMP)  ## rooms -> questions -> frozen features -> cache -> trained probe -> report
+	@$(BIN)/loom3d data questions recipe=probe size=tiny data=rooms storage.root='$(OUT)' | sed -n 1p
 	@$(BIN)/loom3d train recipe=probe size=tiny data=rooms name=demo storage.root='$(OUT)'
 
 test: $(STAMP)  ## the test suite (minutes)
