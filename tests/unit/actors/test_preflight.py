@@ -173,9 +173,9 @@ def test_the_default_run_fits(tmp_path: Path) -> None:
     plan = preflight.plan(load(tmp_path))
     assert plan.fits, plan.problems
     assert {role.role: role.nodes for role in plan.roles} == {"trainer": ("local",), "feature": ("local",)}
-    assert plan.cache.records == 24 * 8
+    assert plan.cache.records == 40 * 8
     assert plan.cache.hit_rates == (0.0, 1.0, 1.0)
-    assert sum(plan.data[0].views.values()) == 24 * 8
+    assert sum(plan.data[0].views.values()) == 40 * 8
     assert plan.schedule.steps_per_epoch == plan.data[0].views["train"] // 8
     assert not list(tmp_path.iterdir()), "planning writes nothing"
 
@@ -319,7 +319,7 @@ def test_rates_of_an_earlier_run(tmp_path: Path) -> None:
     config = load(tmp_path)
     schedule = preflight.plan(config, rates=run).schedule
     assert schedule.train_s == pytest.approx(0.5 * config.trainer.steps)
-    assert schedule.encode_s == pytest.approx(0.5 * 192)
+    assert schedule.encode_s == pytest.approx(0.5 * 320)
     assert schedule.rates == str(run)
 
 
@@ -337,7 +337,7 @@ def test_a_plan_as_json_and_as_text(tmp_path: Path) -> None:
     assert tree["fits"] is False
     assert tree["cache"]["bytes"] == plan.cache.bytes
     text = render(plan)
-    for word in ("trainer", "feature", "probe-tiny", "192 records", "does NOT fit", "node local", "training limits"):
+    for word in ("trainer", "feature", "probe-tiny", "320 records", "does NOT fit", "node local", "training limits"):
         assert word in text
 
 
