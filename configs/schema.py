@@ -244,8 +244,9 @@ class TrainerConfig:
     threads: int = 0
     # Steps that the loader prepares ahead.
     prefetch_steps: int = 2
-    # Steps that plan rows and requests for missing features run ahead of the trainer (with Ray).
-    lookahead_steps: int = 16
+    # Steps that plan rows and requests for missing features run ahead of the trainer (with Ray); half of them travel
+    # together, so a larger number costs Ray less a step.
+    lookahead_steps: int = 64
     # Resume from the newest valid checkpoint of a run folder of the same name: auto | never.
     resume: str = "auto"
 

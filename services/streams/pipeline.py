@@ -3,8 +3,8 @@
 One actor a role, the *feed*, runs the pipeline and hands each rank the rows of its samples. Rows are ids, numbers and
 feature keys; features never pass through Ray Data, each rank reads them from the store (measured: payload through
 Ray Data is five times slower). A stage of the pipeline makes the rows of some steps and the keys of what they need.
-It waits before steps that lie further ahead of the slowest rank than ``trainer.lookahead_steps``, and that bounds the
-whole pipeline, whose rows are far too small for Ray Data's own back-pressure, which counts bytes.
+It waits before blocks of steps that begin further ahead of the slowest rank than ``trainer.lookahead_steps``, and that
+bounds the whole pipeline, whose rows are far too small for Ray Data's own back-pressure, which counts bytes.
 
 Rows that arrive at a rank make its loader ask the service for what is missing, before the step is due. The rank asks
 itself, and not the stage, because a miss is answered with the tensors: in the stage's process they would have to be
@@ -72,12 +72,13 @@ class _Stage:
         self._keys = make_keys()
 
     def __call__(self, block: Any) -> Any:
-        tables = []
-        for step in block["step"].to_pylist():
-            self._wait_until(step - self._lookahead)
-            planned = self._plan.step(step)
-            tables.append(rows.to_table(planned, self._keys(planned)))
-        return pa.concat_tables(tables) if tables else rows.SCHEMA.empty_table()
+        steps = block["step"].to_pylist()
+        if steps:
+            # Once a block: a call to the feed costs ten times what making the rows of a step does.
+            self._wait_until(steps[0] - self._lookahead)
+        planned = [self._plan.step(step) for step in steps]
+        tables = [rows.to_table(step, self._keys(step)) for step in planned]
+        return rows.joined(tables)
 
     def _wait_until(self, step: int) -> None:
         """Until every rank has asked for ``step``; as long as it takes, so a rank may validate for an hour."""
@@ -128,7 +129,7 @@ class Feed:
                 chosen.append(rows.rank_slice(self._ready[step], rank, self._world_size))
                 step += 1
         if chosen:
-            return pa.concat_tables(chosen)
+            return rows.joined(chosen)
         if not self._pulling.done():
             return None
         self._pulling.result()
@@ -188,7 +189,7 @@ def ray_tables(
     context.enable_progress_bars = False
     # They would advise on the memory of a stage of which there is one, in the middle of the progress line.
     context.issue_detectors_config.detectors = []
-    block = max(1, lookahead // 4)
+    block = block_steps(lookahead)
     segment = block * _BLOCKS_A_SEGMENT
     for begin in range(start, stop, segment):
         count = min(segment, stop - begin)
@@ -272,6 +273,11 @@ def start_feed(
     )
 
 
+def block_steps(lookahead: int) -> int:
+    """Steps that travel together: half of what may lie ahead, so that one block is made while the other is used."""
+    return max(1, lookahead // 2)
+
+
 def deadline(config: RunConfig) -> float:
     """Seconds before an unanswered call to the feed is an error."""
     return config.cluster.start_timeout_s + config.service.deadline_s
@@ -327,7 +333,7 @@ class PlanStream:
         """Have one call for further steps under way, unless enough are here."""
         if self._pending is None and self._asked < self._stop and len(self._buffer) < self._lookahead:
             self._pending = self._feed.take.remote(
-                self._rank, self._asked, max(1, self._lookahead // 4), self._deadline_s
+                self._rank, self._asked, block_steps(self._lookahead), self._deadline_s
             )
             self._answered = self._pending.future()
 

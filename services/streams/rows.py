@@ -68,6 +68,11 @@ def to_table(plan: StepPlan, keys: Mapping[str, Sequence[FeatureKey]] | None = N
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of steps as one, in one piece: Ray pickles every chunk of every column by itself."""
+    return pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
+
+
 def from_table(table: pa.Table) -> Iterator[PlannedStep]:
     """The steps of a table of whole steps in plan order."""
     step = -1
