@@ -17,4 +17,4 @@ def table() -> list[Bench]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(table()))
+    sys.exit(main(table(), isolated="infra.bench.features"))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -124,8 +125,12 @@ def result(
     }
 
 
-def main(table: Sequence[Bench], argv: Sequence[str] | None = None) -> int:
-    """Command line of a benchmark module: runs its table, or what --only names; returns the exit status."""
+def main(table: Sequence[Bench], argv: Sequence[str] | None = None, *, isolated: str = "") -> int:
+    """Command line of a benchmark module: runs its table, or what --only names; returns the exit status.
+
+    ``isolated`` names a module that runs the same table: each benchmark then has a process of its own, so that none
+    inherits the threads, the memory or the Ray of the one before.
+    """
     parser = argparse.ArgumentParser(description="Prints one JSON object a line.")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test, no figures")
@@ -136,9 +141,10 @@ def main(table: Sequence[Bench], argv: Sequence[str] | None = None) -> int:
     names = [bench.name for bench in table]
     if unknown := [name for name in arguments.only if name not in names]:
         parser.error(f"--only {unknown[0]}: no such benchmark; there are: {', '.join(names)}")
-    for bench in table:
-        if arguments.only and bench.name not in arguments.only:
-            continue
+    chosen = [bench for bench in table if not arguments.only or bench.name in arguments.only]
+    if isolated and len(chosen) > 1:
+        return _each_alone(isolated, [bench.name for bench in chosen], sys.argv[1:] if argv is None else argv)
+    for bench in chosen:
         with _scratch(arguments.folder) as folder:
             line = json.dumps(measure(bench, folder, quick=arguments.quick, rounds=arguments.rounds))
         print(line)
@@ -147,6 +153,19 @@ def main(table: Sequence[Bench], argv: Sequence[str] | None = None) -> int:
             with arguments.out.open("a") as file:
                 file.write(line + "\n")
     return 0
+
+
+def _each_alone(module: str, names: Sequence[str], argv: Sequence[str]) -> int:
+    """Run each of ``names`` in a process of its own with the other arguments; the largest exit status."""
+    others: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--only":
+            next(arguments)
+        elif not argument.startswith("--only="):
+            others.append(argument)
+    commands = ([sys.executable, "-m", module, "--only", name, *others] for name in names)
+    return max(subprocess.run(command, check=False).returncode for command in commands)
 
 
 def rate(work: Callable[[], float]) -> Sample:
