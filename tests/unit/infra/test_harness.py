@@ -61,3 +61,10 @@ def test_every_row_of_the_store_runs(capsys: pytest.CaptureFixture[str]) -> None
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in lines] == [bench.name for bench in features_cache.TABLE]
     assert all(line["value"] > 0 and line["baseline"] > 0 for line in lines)
+
+
+def test_each_in_a_process_of_its_own(tmp_path: Path) -> None:
+    names, out = ("cache_get_12kb", "key_lookup_1e6"), tmp_path / "lines"
+    arguments = [*(f"--only={name}" for name in names), "--quick", "--rounds", "1", "--out", str(out)]
+    assert main(features_cache.TABLE, arguments, isolated="infra.bench.features") == 0
+    assert [json.loads(line)["name"] for line in out.read_text().splitlines()] == list(names)
