@@ -135,7 +135,10 @@ VERBS: Mapping[str, Verb] = {
     "report": Verb(
         commands.report,
         "write the report of a run again",
-        (_option("run", help="run folder"),),
+        (
+            _option("run", help="run folder"),
+            _option("--against", metavar="RUN", help="run on the same data whose metrics stand beside, with margins"),
+        ),
         configured=False,
     ),
     "config show": Verb(commands.config_show, "print the composed configuration as YAML"),

@@ -239,5 +239,6 @@ def report(args: argparse.Namespace) -> int:
     """Write the report of a run folder again."""
     from actors.report import write_report
 
-    print(write_report(Path(args.run).expanduser().absolute()))
+    against = Path(args.against).expanduser().absolute() if args.against else None
+    print(write_report(Path(args.run).expanduser().absolute(), against))
     return 0

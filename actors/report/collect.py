@@ -26,6 +26,15 @@ class Score:
     """"lower" or "higher"."""
     also: dict[str, float] = field(default_factory=dict)
     """Further baselines by name."""
+    other: float | None = None
+    """The same metric of the run that this one is compared with."""
+
+    @property
+    def margin(self) -> float | None:
+        """Relative improvement over the other run, positive when this one is better; None without one."""
+        if not self.other:
+            return None
+        return (self.value / self.other - 1) * (-1 if self.better == "lower" else 1)
 
     @property
     def beats_baseline(self) -> bool | None:
@@ -50,14 +59,20 @@ class RunData:
     """Rows of ``blind.jsonl``: the best score without images, by source, split and type of question."""
     summary: dict[str, Any] = field(default_factory=dict)
     quarantined: list[dict[str, Any]] = field(default_factory=list)
+    against: str = ""
+    """Name of the run that this one is compared with."""
 
 
-def collect(folder: Path) -> RunData:
-    """Read ``folder``; DataError when it is no run folder."""
+def collect(folder: Path, against: Path | None = None) -> RunData:
+    """Read ``folder``, and the scores of the run ``against`` beside its own.
+
+    DataError when a folder is no run folder, or the two runs were not judged on the same samples.
+    """
     config = folder / "config.yaml"
     if not config.exists():
         raise DataError(f"{folder} is no run folder: it has no config.yaml; name a folder under <storage.root>/runs")
     evaluation = _json(folder / "evaluation.json")
+    others = _comparable(folder, evaluation, against) if against is not None else {}
     examples: dict[str, np.ndarray] = {}
     if (folder / "examples.npz").exists():
         with np.load(folder / "examples.npz", allow_pickle=False) as arrays:
@@ -67,13 +82,29 @@ def collect(folder: Path) -> RunData:
         config=config.read_text(),
         curves=read_metrics(folder),
         events=events.read(folder / "events"),
-        scores=tuple(_scores(evaluation)),
+        scores=tuple(_scores(evaluation, others)),
         evaluated_on=f"{evaluation.get('samples', 0)} samples of the {evaluation['split']} split" if evaluation else "",
         examples=examples,
         blind=_blind(folder.resolve().parents[1] / "questions"),
         summary=_json(folder / "summary.json"),
         quarantined=_lines(folder / "quarantine.jsonl"),
+        against=against.name if against is not None else "",
     )
+
+
+def _comparable(folder: Path, evaluation: dict[str, Any], against: Path) -> dict[str, Any]:
+    """The metrics of the run ``against``; DataError when it was judged on something else."""
+    other = _json(against / "evaluation.json")
+    if not other:
+        raise DataError(f"{against} was not evaluated: it has no evaluation.json; name another run to compare with")
+    for name in ("split", "samples"):
+        if other.get(name) != evaluation.get(name):
+            raise DataError(
+                f"{folder.name} was judged on {name}={evaluation.get(name)}, {against.name} on "
+                f"{name}={other.get(name)}; only runs on the same data can be compared"
+            )
+    metrics: dict[str, Any] = other["metrics"]
+    return metrics
 
 
 def _blind(questions: Path) -> list[dict[str, Any]]:
@@ -83,7 +114,7 @@ def _blind(questions: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _scores(evaluation: dict[str, Any]) -> list[Score]:
+def _scores(evaluation: dict[str, Any], others: dict[str, Any]) -> list[Score]:
     return [
         Score(
             name=name,
@@ -92,6 +123,7 @@ def _scores(evaluation: dict[str, Any]) -> list[Score]:
             baseline_name=str(row.get("baseline_name", "")),
             better=str(row["better"]),
             also=dict(row.get("also", {})),
+            other=float(others[name]["value"]) if name in others else None,
         )
         for name, row in evaluation.get("metrics", {}).items()
     ]

@@ -14,14 +14,15 @@ from actors.report.collect import RunData, collect
 LOSS_SHOWN = 6
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, against: Path | None = None) -> Path:
     """Write ``folder/report/index.html`` from what the run left in ``folder``; returns its path.
 
-    The file is self-contained: it loads nothing. Raises DataError when ``folder`` is no run folder.
+    With ``against``, another run on the same data, its metrics stand beside with the margin. The file is
+    self-contained: it loads nothing. Raises DataError when a folder is no run folder or the two do not compare.
     """
     import jinja2
 
-    run = collect(folder)
+    run = collect(folder, against)
     template = resources.files("actors.report").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -46,6 +47,7 @@ def page_values(run: RunData) -> dict[str, Any]:
         "name": run.folder.name,
         "summary": run.summary,
         "scores": run.scores,
+        "against": run.against,
         "evaluated_on": run.evaluated_on,
         "curve_figures": [(title, Markup(svg)) for title, svg in _curve_figures(run)],  # noqa: S704  our own SVG
         "examples": _examples(run.examples),

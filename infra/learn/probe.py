@@ -15,6 +15,7 @@ from typing import Any
 
 import configs
 from actors import driver
+from actors.report import write_report
 
 RESULTS = Path(__file__).parents[2] / "models" / "probe" / "results" / "dinov2_small.json"
 
@@ -85,6 +86,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for kind, weights in (("pretrained", args.weights), ("random", "random")):
             runs[kind].append(run(root, weights, seed))
+        print(write_report(root / "runs" / f"learn-pretrained-{seed}", root / "runs" / f"learn-random-{seed}"))
     result = {"settings": list(SETTINGS), "seeds": list(range(args.seeds)), "metrics": summarise(runs)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

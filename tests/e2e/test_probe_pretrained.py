@@ -8,6 +8,7 @@ import pytest
 
 import configs
 from actors import driver
+from actors.report import write_report
 
 pytestmark = pytest.mark.e2e
 
@@ -38,3 +39,7 @@ def test_pretrained_features_beat_the_same_network_at_random(tmp_path: Path, wei
     assert trained["depth_dpt/abs_rel"] < 0.92 * random["depth_dpt/abs_rel"]
     assert trained["depth_linear/abs_rel"] < 0.85 * random["depth_linear/abs_rel"]
     assert trained["segmentation/miou"] > 1.7 * random["segmentation/miou"]
+    # The report of the one shows the margin over the other.
+    page = write_report(tmp_path / "runs" / "pretrained", tmp_path / "runs" / "random").read_text()
+    gain = trained["segmentation/miou"] / random["segmentation/miou"] - 1
+    assert f"{100 * gain:+.0f} %" in page

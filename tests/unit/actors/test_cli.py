@@ -30,7 +30,7 @@ VERBS = {
     "features verify": ["--config", "--debug", "--encoder", "--sample", "--tolerance", "overrides"],
     "features why": ["--config", "--debug", "--encoder", "overrides", "sample"],
     "features gc": ["--budget", "--config", "--debug", "--keep", "overrides"],
-    "report": ["--debug", "run"],
+    "report": ["--against", "--debug", "run"],
     "config show": ["--config", "--debug", "overrides"],
     "config keys": ["--debug", "pattern"],
     "models": ["--debug", "pattern"],
@@ -207,7 +207,7 @@ def test_plan_json_can_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert cli.main(["plan", "--json", f"storage.root={tmp_path}"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] is True
-    assert plan["cache"]["records"] == 24 * 8
+    assert plan["cache"]["records"] == 40 * 8
     assert cli.main(["plan", f"storage.root={tmp_path}", "cluster.nodes.local.memory_gb=0.5"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
 

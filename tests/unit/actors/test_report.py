@@ -117,3 +117,30 @@ def test_unknown_depth_and_ignored_labels_are_grey() -> None:
     assert depth_picture(np.array([[0.0, 2.0]]), 1.0, 3.0)[0, 0].tolist() == [200, 200, 200]
     assert label_picture(np.array([[-1, 2]]), 4)[0, 0].tolist() == [200, 200, 200]
     np.testing.assert_array_equal(enlarge(np.arange(12).reshape(2, 2, 3), 4, 4)[0, 1], [0, 1, 2])
+
+
+def test_another_run_stands_beside_with_the_margin(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "runs" / "pretrained"), tmp_path / "runs" / "random"
+    other.mkdir()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["metrics"]["depth_linear/abs_rel"]["value"] = 0.25
+    evaluation["metrics"]["seg/miou"]["value"] = 0.125
+    (other / "evaluation.json").write_text(json.dumps(evaluation))
+    depth, classes = collect(run, other).scores
+    assert (depth.other, classes.other) == (0.25, 0.125)
+    assert depth.margin == pytest.approx(0.2)
+    assert classes.margin == pytest.approx(-0.2)
+    page = write_report(run, other).read_text()
+    assert "random</th>" in page
+    assert "+20 %" in page
+    assert "-20 %" in page
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "runs" / "a"), tmp_path / "runs" / "b"
+    other.mkdir()
+    with pytest.raises(DataError, match="was not evaluated"):
+        collect(run, other)
+    (other / "evaluation.json").write_text(json.dumps({"split": "test", "samples": 99, "metrics": {}}))
+    with pytest.raises(DataError, match=r"a was judged on samples=12, b on samples=99"):
+        collect(run, other)
