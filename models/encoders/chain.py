@@ -6,6 +6,7 @@ that a changed upstream weight or a lossier cache is another fingerprint here to
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ class RecordEncoder(FrozenEncoder):
         self.upstream_identity, self.upstream_codec = dict(upstream.identity()), upstream_codec
         self.dtype_name, self.dtype = dtype, torch_dtype(dtype)
 
+    @abstractmethod
     def own_identity(self) -> Mapping[str, Any]:
         """What this encoder adds to the identity of its upstream."""
-        raise NotImplementedError
 
     def identity(self) -> Mapping[str, Any]:  # noqa: D102
         return {
@@ -60,9 +61,9 @@ class RecordEncoder(FrozenEncoder):
             raise ModelError(f"{type(self).__name__} takes tokens {self.shape}, got {tuple(value['tokens'].shape)}")
         return {name: value[name] for name in ("tokens", "summary")}
 
+    @abstractmethod
     def tokens(self, tokens: Tensor) -> Tensor:
         """float32 (B, layers, h, w, C) -> float32 (B, layers, h', w', C')."""
-        raise NotImplementedError
 
     def encode(self, inputs: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:  # noqa: D102
         tokens = torch.stack([record["tokens"] for record in inputs]).float()

@@ -37,7 +37,7 @@ def _put_and_flush(namespace: Namespace, record: Record, *names: str) -> None:
         namespace.flush()
 
 
-def _kill_rounds(root: Path, rounds: int, limit_s: float) -> None:
+def check_kill_rounds(root: Path, rounds: int, limit_s: float) -> None:
     command = [sys.executable, "-m", "tests.support.stores", str(root), str(rounds)]
     subprocess.run(command, check=True, timeout=limit_s, cwd=Path(__file__).parents[4])
     store = FeatureStore(root)
@@ -71,12 +71,12 @@ def _kill_rounds(root: Path, rounds: int, limit_s: float) -> None:
 
 
 def test_kill_of_three_concurrent_writers(tmp_path: Path) -> None:
-    _kill_rounds(tmp_path, 20, 120)
+    check_kill_rounds(tmp_path, 20, 120)
 
 
 @pytest.mark.slow
 def test_kill_of_three_concurrent_writers_many_times(tmp_path: Path) -> None:
-    _kill_rounds(tmp_path, 220, 900)
+    check_kill_rounds(tmp_path, 220, 900)
 
 
 def _flip(path: Path, at: int) -> None:
