@@ -99,7 +99,7 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["cache.remote=features"], ["cache.remote='features'", "absolute folder or a URI"]),
     (["storage.root=outputs"], ["storage.root='outputs' is relative", "absolute"]),
     (["storage.root=s3://bucket/runs"], ["storage.root='s3://bucket/runs' is a URI", "cache.remote=s3://"]),
-    (["trainer.warmup_steps=150"], ["trainer.warmup_steps=150 must be less than trainer.steps=150"]),
+    (["trainer.warmup_steps=400"], ["trainer.warmup_steps=400 must be less than trainer.steps=400"]),
     (["peft.targets=[q]"], ["peft.targets=['q'] has no effect", "peft=lora"]),
     (["data.checks.min_depth=40"], ["data.checks.min_depth=40.0", "data.checks.max_depth"]),
 ]
