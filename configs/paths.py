@@ -7,6 +7,8 @@ from pathlib import Path
 
 from configs.schema import RunConfig
 
+RUN = "run:"
+
 
 def is_uri(path: str) -> bool:
     """Whether ``path`` is a URI such as s3://bucket/folder rather than a path."""
@@ -32,10 +34,12 @@ def expand(config: RunConfig) -> RunConfig:
     }
     data = dataclasses.replace(config.data, rooms=rooms, sources=sources, quarantine=_absolute(config.data.quarantine))
     encoders = {
-        name: dataclasses.replace(encoder, weights=_weights(encoder.weights))
+        name: dataclasses.replace(encoder, weights=_weights(encoder.weights, storage.root))
         for name, encoder in config.encoders.items()
     }
-    return dataclasses.replace(config, storage=storage, cache=cache, data=data, encoders=encoders)
+    init = {part: _weights(weights, storage.root) for part, weights in config.model.init.items()}
+    model = dataclasses.replace(config.model, init=init)
+    return dataclasses.replace(config, storage=storage, cache=cache, data=data, encoders=encoders, model=model)
 
 
 def _home(path: str) -> str:
@@ -48,6 +52,12 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _weights(path: str) -> str:
-    """Hub names ("owner/name") look like relative paths; only what starts with "." or "~" is taken as a folder."""
+def _weights(path: str, root: str) -> str:
+    """Hub names ("owner/name") look like relative paths; only what starts with "." or "~" is taken as a folder.
+
+    ``run:NAME/PART`` is the folder ``<root>/runs/NAME/weights/PART``.
+    """
+    if path.startswith(RUN):
+        name, _, part = path.removeprefix(RUN).partition("/")
+        return str(Path(root, "runs", name, "weights", part))
     return _absolute(path) if path.startswith((".", "~")) else path

@@ -79,6 +79,40 @@ class ChecksConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    # Two views are a pair when each sees at least this share of the other's known pixels, unoccluded ...
+    min_overlap: float = 0.25
+    # ... and at most this share (nearly equal views teach nothing).
+    max_overlap: float = 0.95
+    # At most this many pairs of one scene, spread evenly over the overlap (0: all).
+    per_scene: int = 0
+    # Depth maps are thinned to this many pixels along the longer side before they are compared.
+    side: int = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    # Jitter of brightness, contrast, saturation and hue; [0,0,0,0] is none. The same for both views of a pair.
+    jitter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+    # Crops tried for each view of a pair, of which the pair with most correspondences is kept (0: the centre crop).
+    crops: int = 0
+    # Smallest crop as a share of the image's shorter side.
+    min_crop: float = 0.1
+    # Probability that a pair is replaced by the same picture twice.
+    same_image: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    # Tokenizer: "bytes" (built in code, a few hundred entries), a local folder, or a hub name.
+    tokenizer: str = "bytes"
+    # Longest sequence in tokens, image tokens among them; a longer conversation is a broken sample.
+    max_length: int = 2048
+    # System message put before a conversation that has none; "" for the template's own.
+    system: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     # Where samples come from, by a name of your choice.
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -90,6 +124,12 @@ class DataConfig:
     quarantine: str = ""
     # Questions made from the instances of a scene (`loom3d data questions`).
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    # Which views of a scene make a pair (`loom3d data pairs`).
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    # Random changes of the pictures that a trained network reads; features of a frozen encoder are then not cached.
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    # From conversations to tokens.
+    text: TextConfig = field(default_factory=TextConfig)
     # What `loom3d data check` calls a fault.
     checks: ChecksConfig = field(default_factory=ChecksConfig)
 
@@ -97,9 +137,11 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     # Family: dinov2 | dinov3 | radio | siglip2 | clip (images), siglip2_text | clip_text (texts),
-    # pooled | projection (records of another encoder).
+    # pooled | projection (records of another encoder), uniugg_vit (images), uniugg_vae | uniugg_reconstruction (records
+    # of uniugg_vit).
     family: str = "dinov2"
-    # "random" (initialised from `seed`), a local folder, or a hub name.
+    # "random" (initialised from `seed`), a local folder, a hub name, or "run:NAME/PART" (a part that the
+    # run of that name trained).
     weights: str = "random"
     # sha256 that the weights must have ("" accepts any); a run pins it, so that weights which change while it runs are
     # refused in whatever process loads them.
@@ -170,6 +212,9 @@ class ModelConfig:
     name: str = "probe-tiny"
     # Overrides passed to the model's builder.
     overrides: dict[str, Any] = field(default_factory=dict)
+    # Weights that parts of the model start from: part -> "random", a folder, a hub name, or "run:NAME/PART" (a part
+    # that the run of that name trained). A part that is not named starts at random.
+    init: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +230,61 @@ class ViewSetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniuggConfig:
+    """UniUGG's settings (arXiv 2508.11952). Weights of loss terms are in ``recipe.losses``."""
+
+    # Pixel correspondences sampled of an image pair.
+    matches: int = 8192
+    # At most this share of them are true matches; the rest are false ones.
+    match_share: float = 0.5
+    # Temperature of the matching loss.
+    match_temperature: float = 0.05
+    # Side of the blocks in which the matching loss is computed.
+    match_block: int = 1024
+    # Weight of the log-confidence in the loss of the pointmaps (alpha).
+    point_alpha: float = 0.2
+    # Weight of the log-confidence in the matching loss (beta).
+    match_beta: float = 10.0
+    # Divide the prediction by the ground truth's scale (metric data); false divides it by its own.
+    metric: bool = True
+    # Weight of LPIPS beside L1 in the loss of the RGB head; needs `lpips_weights`.
+    rgb_lpips: float = 0.2
+    # Weight of 1 - SSIM beside L1 in the loss of the RGB head.
+    rgb_ssim: float = 0.0
+    # Folder or file of the AlexNet trunk that LPIPS needs; "" leaves LPIPS out of the loss.
+    lpips_weights: str = ""
+    # Weight of 1 - cosine in the semantic losses.
+    semantic_cosine: float = 0.9
+    # Weight of smooth L1 in the semantic losses.
+    semantic_smooth_l1: float = 0.1
+    # Share of the tokens of an image that the semantic loss looks at, drawn for each image.
+    semantic_share: float = 1 / 3
+    # Every pair also appears swapped.
+    symmetrise: bool = True
+    # Random viewport of the student's position table while training (RADIO's CPE).
+    cpe_augment: bool = False
+    # The VAE trains the spatial decoder too; false is the paper's ablation (c).
+    finetune_spatial_decoder: bool = True
+    # Share of pairs in which exactly one of the two representations is the reconstruction.
+    mixed_share: float = 0.5
+    # Latents that the diffusion learns: sample | mode of the posterior.
+    latent: str = "sample"
+    # Share of conversations whose image tokens are the VAE's reconstruction.
+    reconstruction_share: float = 0.1
+    # Share of generation samples whose condition is replaced by the learned null sequence.
+    condition_dropout: float = 0.1
+    # Min-SNR weighting of the noise loss (0: none).
+    min_snr: float = 0.0
+    # Strength of offset noise (0: none).
+    offset_noise: float = 0.0
+    # Scale of the relative translation in the raymap: metres | depth (of the reference, needs depth).
+    translation_scale: str = "metres"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    # What is trained: probe.
+    # What is trained: probe | uniugg_encoder | uniugg_vae | uniugg_align | uniugg_joint | uniugg_finetune |
+    # uniugg_direct.
     name: str = "probe"
     # Relative share of micro-batches of each kind in every step (largest remainder).
     quotas: dict[str, float] = field(default_factory=lambda: {"view": 1.0})
@@ -196,6 +294,10 @@ class RecipeConfig:
     losses: dict[str, float] = field(default_factory=dict)
     # Which encoder (key under `encoders`) feeds the model.
     features: str = "features"
+    # Role -> globs of the parameters that are trained; a role that is not named trains all of its parameters.
+    train: dict[str, list[str]] = field(default_factory=dict)
+    # Settings of UniUGG's recipes.
+    uniugg: UniuggConfig = field(default_factory=UniuggConfig)
     # Settings that only this recipe knows (documented in its spec).
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -218,6 +320,8 @@ class TrainerConfig:
     weight_decay: float = 0.0
     # Decay rates of AdamW's two moments.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    # Glob of parameter names -> factor on the learning rate of those parameters; the first that fits counts.
+    lr_scale: dict[str, float] = field(default_factory=dict)
     # Gradient norm clipped to this, per role (0: not clipped).
     clip_norm: float = 1.0
     # float32 | bfloat16 (autocast; weights and optimiser stay float32).
@@ -253,8 +357,12 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    # How a role's weights and gradients are spread: single | ddp (later: fsdp2, zero2, zero3).
+    # How a role's weights and gradients are spread: single | ddp | fsdp2 | zero2 | zero3.
     name: str = "ddp"
+    # Smallest parameter that ZeRO-3 partitions, in elements (DeepSpeed's stage3_param_persistence_threshold).
+    persistence_threshold: int = 100_000
+    # Free the gathered weights of FSDP2 after the forward pass and gather them again for the backward pass.
+    reshard_after_forward: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +377,83 @@ class PeftConfig:
     dropout: float = 0.0
     # Names of the modules that get an update; [] takes those that the model's spec names.
     targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleOverrides:
+    # Backend of this role ("": backend.name).
+    backend: str = ""
+    # Low-rank updates of this role: none | lora ("": peft.method).
+    peft: str = ""
+    # Modules of this role that get a low-rank update ([]: peft.targets).
+    targets: list[str] = field(default_factory=list)
+    # Settings of `trainer` that are different for this role, e.g. {lr: 1e-4, weight_decay: 0.01, precision: bfloat16};
+    # what decides the steps of a run (steps, micro_batch, accumulation, every ...) is common to all roles.
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    # What carries activations and gradients between roles: auto (in-process inline, a process group in a split run) |
+    # local | group | objects (Ray's object store).
+    transport: str = "auto"
+    # Micro-batches that the sending role may be ahead of the gradients that come back.
+    window: int = 2
+    # A rank says this often, in seconds, what it is doing.
+    heartbeat_s: float = 2.0
+    # Seconds without a sign of life after which a peer is given up.
+    silence_s: float = 20.0
+    # Longest time, in seconds, that a peer may stay in a phase (start, load, forward, backward, step, validate,
+    # checkpoint) before it is given up; `other` is for those not named.
+    phase_s: dict[str, float] = field(
+        default_factory=lambda: {
+            "start": 900.0,
+            "load": 900.0,
+            "validate": 7200.0,
+            "checkpoint": 3600.0,
+            "other": 900.0,
+        }
+    )
+    # Time-out of the transport itself, seconds; long, because a process group does not survive one.
+    timeout_s: float = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    # Steps of DDIM.
+    steps: int = 50
+    # Classifier-free guidance; 1 is none.
+    guidance: float = 1.0
+    # DDIM's eta: 0 is deterministic, 1 draws as DDPM does.
+    eta: float = 0.0
+    # Points of at least this confidence are kept.
+    confidence: float = 1.5
+    # Radius of a drawn point, pixels at a width of 224 (scaled with the width).
+    radius: float = 1.0
+    # Holes of up to this many pixels are filled with their nearest neighbour.
+    fill: int = 2
+    # Which points are drawn into the target view: target | union (reference and target).
+    points: str = "target"
+    # Longest answer, tokens.
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    # Samples of the split that are judged (0: all).
+    samples: int = 0
+    # Folder or file of the AlexNet trunk that LPIPS needs ("": LPIPS is not reported).
+    lpips_weights: str = ""
+    # File with Inception weights that FID and KID need ("": neither is reported).
+    inception_weights: str = ""
+    # Folder of DINOv2 weights for FD-DINOv2, which is not FID ("": not reported).
+    dinov2_weights: str = ""
+    # Seed of the draws of evaluation.
+    seed: int = 0
+    # Upper ends, in degrees, of the bins of the angle between two views.
+    angle_bins: list[float] = field(default_factory=lambda: [15.0, 30.0, 60.0])
+    # Upper ends, in metres, of the bins of the distance between two views.
+    distance_bins: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +551,14 @@ class RunConfig:
     backend: BackendConfig = field(default_factory=BackendConfig)
     # Low-rank updates of a pretrained model.
     peft: PeftConfig = field(default_factory=PeftConfig)
+    # What is different for single roles of a model of several.
+    roles: dict[str, RoleOverrides] = field(default_factory=dict)
+    # What connects the roles of a model of several.
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    # How scenes and answers are generated.
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    # How a trained model is judged.
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # Nodes, worker groups, and how Ray is found.
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     # Where progress and metrics go.

@@ -21,14 +21,22 @@ SPLITS = ("train", "val", "test")
 FORMATS = (
     "rooms", "scannet", "scannetpp", "arkitscenes", "re10k", "nerfstudio", "colmap", "sevenscenes", "images", "corpus",
 )  # fmt: skip
-IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip")
+RECIPES = (
+    "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
+)  # fmt: skip
+IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit")
 TEXT_FAMILIES = ("siglip2_text", "clip_text")
-RECORD_FAMILIES = ("pooled", "projection")
+RECORD_FAMILIES = ("pooled", "projection", "uniugg_vae", "uniugg_reconstruction")
+BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 DTYPES = ("float32", "bfloat16", "float16")
 
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "size": ("tiny", "small", "paper"),
-    "recipe.name": ("probe",),
+    "recipe.name": RECIPES,
+    "recipe.uniugg.latent": ("sample", "mode"),
+    "recipe.uniugg.translation_scale": ("metres", "depth"),
+    "bridge.transport": ("auto", "local", "group", "objects"),
+    "generate.points": ("target", "union"),
     "data.sources.*.format": FORMATS,
     "encoders.*.family": (*IMAGE_FAMILIES, *TEXT_FAMILIES, *RECORD_FAMILIES),
     "encoders.*.dtype": DTYPES,
@@ -38,14 +46,24 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "trainer.precision": ("float32", "bfloat16"),
     "trainer.best_mode": ("min", "max"),
     "trainer.resume": ("auto", "never"),
-    "backend.name": ("single", "ddp"),
+    "backend.name": BACKENDS,
     "peft.method": ("none", "lora"),
+    "roles.*.backend": ("", *BACKENDS),
+    "roles.*.peft": ("", "none", "lora"),
     "cluster.mode": ("inline", "local", "attach"),
     "logger.progress": ("auto", "plain", "off"),
 }
 
 #: Roles that a recipe trains, each a worker group of ``cluster.roles``.
-ROLES: Mapping[str, tuple[str, ...]] = {"probe": ("trainer",)}
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "probe": ("trainer",),
+    "uniugg_encoder": ("trainer",),
+    "uniugg_vae": ("trainer",),
+    "uniugg_align": ("llm",),
+    "uniugg_joint": ("llm", "diffusion"),
+    "uniugg_finetune": ("llm", "diffusion"),
+    "uniugg_direct": ("llm",),
+}
 
 #: Patch size of a family's published networks, where ``arch`` or the name of the weights says nothing else.
 PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16}
@@ -117,6 +135,46 @@ RANGES: Mapping[str, Range] = {
     "recipe.view_set.target_ratio": _DECAY,
     "recipe.view_set.stride": _POSITIVE,
     "recipe.losses.*": _COUNT,
+    "recipe.uniugg.matches": _POSITIVE,
+    "recipe.uniugg.match_share": _SHARE,
+    "recipe.uniugg.match_temperature": _ABOVE_0,
+    "recipe.uniugg.match_block": _POSITIVE,
+    "recipe.uniugg.point_alpha": _COUNT,
+    "recipe.uniugg.match_beta": _COUNT,
+    "recipe.uniugg.rgb_lpips": _COUNT,
+    "recipe.uniugg.rgb_ssim": _COUNT,
+    "recipe.uniugg.semantic_cosine": _COUNT,
+    "recipe.uniugg.semantic_smooth_l1": _COUNT,
+    "recipe.uniugg.semantic_share": Range(low=0, high=1, open_low=True),
+    "recipe.uniugg.mixed_share": _SHARE,
+    "recipe.uniugg.reconstruction_share": _SHARE,
+    "recipe.uniugg.condition_dropout": _DECAY,
+    "recipe.uniugg.min_snr": _COUNT,
+    "recipe.uniugg.offset_noise": _COUNT,
+    "data.pairs.min_overlap": _SHARE,
+    "data.pairs.max_overlap": _SHARE,
+    "data.pairs.per_scene": _COUNT,
+    "data.pairs.side": Range(low=8),
+    "data.augment.crops": _COUNT,
+    "data.augment.min_crop": Range(low=0, high=1, open_low=True),
+    "data.augment.same_image": _SHARE,
+    "data.text.max_length": _POSITIVE,
+    "trainer.lr_scale.*": _COUNT,
+    "backend.persistence_threshold": _COUNT,
+    "bridge.window": _POSITIVE,
+    "bridge.heartbeat_s": _ABOVE_0,
+    "bridge.silence_s": _ABOVE_0,
+    "bridge.phase_s.*": _ABOVE_0,
+    "bridge.timeout_s": _ABOVE_0,
+    "generate.steps": _POSITIVE,
+    "generate.guidance": _COUNT,
+    "generate.eta": _SHARE,
+    "generate.confidence": _COUNT,
+    "generate.radius": _COUNT,
+    "generate.fill": _COUNT,
+    "generate.max_new_tokens": _POSITIVE,
+    "evaluate.samples": _COUNT,
+    "evaluate.seed": _COUNT,
     "trainer.steps": _POSITIVE,
     "trainer.micro_batch": _POSITIVE,
     "trainer.accumulation": _POSITIVE,

@@ -6,14 +6,20 @@ description serves a run in one process, where edges are function calls, and a s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-"""Collated columns by name; tensors have the samples first."""
+"""Collated columns by name; tensors have the samples first.
+
+Always there: ``kind`` (str, the kind of the micro-batch), ``id`` (list of str), ``weight`` float32 (B,), 0 for a
+broken sample or a filler, and ``draw`` int64 (B,), the key of the random draws of each sample at this step
+(see :mod:`models.draws`).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +67,31 @@ class RoleSpec:
 
     name: str
     step: Callable[[nn.Module, Batch, Mapping[str, Tensor]], StepOutput]
-    """(module, batch, tensors received) -> sums of the loss terms and the tensors sent."""
+    """(module, batch, tensors received) -> sums of the loss terms and the tensors sent.
+
+    It calls the module itself, once, and never a child of it: what shards weights hooks that call. In every
+    micro-batch every trained parameter takes part in the forward pass, with weight zero where the kind does not use it.
+    A sample of weight 0 adds nothing to any sum.
+    """
     counts: Callable[[Batch], dict[str, float]]
     """Elements per loss term of a batch, from its targets and ``weight`` column alone: known before any forward."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of micro-batch that this role takes part in; () is all of them."""
     no_decay: tuple[str, ...] = ("bias", "norm")
     """Substrings of parameter names that get no weight decay."""
     lora_targets: tuple[str, ...] = ()
     checkpointed: tuple[str, ...] = ()
-    """Class names of the blocks that activation checkpointing wraps."""
+    """Class names of the blocks that activation checkpointing wraps, and that FSDP2 shards one by one."""
+
+    def bind(self, **settings: Any) -> RoleSpec:
+        """The same role with keyword arguments (an objective's weights, ...) given to ``step`` and ``counts``."""
+        return replace(
+            self, step=functools.partial(self.step, **settings), counts=functools.partial(self.counts, **settings)
+        )
+
+    def takes_part(self, kind: str) -> bool:
+        """Whether this role has work in micro-batches of ``kind``."""
+        return not self.kinds or kind in self.kinds
 
 
 @dataclass(frozen=True, kw_only=True)
