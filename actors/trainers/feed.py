@@ -1,0 +1,91 @@
+"""Where the samples of a role come from in this process: manifests, features, targets, text, and the plan of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from configs.schema import RunConfig
+from models.spec import TensorSpec
+from services.contracts import Split
+from services.data.manifest import Manifest
+from services.features.client import FeatureClient
+from services.features.store import FeatureStore
+from services.streams.collate import Collate
+from services.streams.ledger import Ledger, read_quarantine
+from services.streams.loader import Loader, Steps, column_specs
+from services.streams.plan import EpochPlan
+from services.streams.targets import Targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """Where samples come from in this process."""
+
+    config: RunConfig
+    manifests: Mapping[str, Manifest]
+    client: FeatureClient
+    targets: Targets
+    columns: Mapping[str, Mapping[str, TensorSpec]]
+    """By kind, the columns of a batch, so that even a first micro-batch without a good sample has its shapes."""
+    quarantine: frozenset[str] = frozenset()
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        manifests: Mapping[str, Manifest],
+        client: FeatureClient,
+        store: FeatureStore | None = None,
+    ) -> Feed:
+        """Read the quarantine list and prepare the targets, kept in ``store`` where there is one.
+
+        Features and targets are pinned from here on: what a live run rereads is not evicted by another. Close it.
+        """
+        quarantine = read_quarantine(config.data.quarantine)
+        features = config.recipe.features
+        client.pin(features)
+        targets = Targets(config, manifests, store=store)
+        return cls(
+            config=config,
+            manifests=manifests,
+            client=client,
+            targets=targets,
+            columns=column_specs(config, client.outputs(features), targets),
+            quarantine=quarantine,
+        )
+
+    def close(self) -> None:
+        """Commit the targets and let go of them; the client is its owner's to close."""
+        self.targets.close()
+
+    def plan(self, split: Split | str, *, complete: bool | None = None) -> EpochPlan:
+        """The plan of a split; ``complete`` for a pass over all of it."""
+        return EpochPlan(self.config, self.manifests, split=split, quarantine=self.quarantine, complete=complete)
+
+    def load(
+        self,
+        plan: EpochPlan,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        steps: Steps | None = None,
+        ledger: Ledger | None = None,
+    ) -> Loader:
+        """A loader of steps [start, stop); by default one epoch of the plan. Close it, or use it in a ``with``."""
+        return Loader(
+            plan,
+            rank=rank,
+            world_size=world_size,
+            client=self.client,
+            manifests=self.manifests,
+            config=self.config,
+            start_step=start,
+            stop_step=plan.steps_per_epoch if stop is None else stop,
+            collate=Collate(self.columns),
+            targets=self.targets,
+            steps=steps,
+            ledger=ledger,
+        )
