@@ -4,6 +4,9 @@ A checkpoint is a folder ``step-<n>`` with ``weights.safetensors`` (trained para
 ``ema.safetensors``, ``optimizer.safetensors``, ``state.json`` and, written last, ``manifest.json`` with the size and
 sha256 of every file. It is written under another name, flushed, and renamed, so a kill at any instant leaves either
 the whole or something that is not taken for a checkpoint. Nothing is unpickled.
+
+Tensors are whole and go by the module's own names, whatever backend trained them: a checkpoint is resumed by any
+backend and any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,18 +16,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actors.trainers.loop import LoopState, TrainLoop
-from actors.trainers.optim import trainable
+from actors.trainers.tensors import assign, saved_tensors, whole
 from services.errors import ResumeError
 
 _log = logging.getLogger("loom3d")
@@ -63,29 +65,38 @@ class Checkpoints:
 
     # -- writing ---------------------------------------------------------------------------------------------
 
-    def save(self, loop: TrainLoop, *, best: bool) -> None:
-        """Write the loop's state. Every rank calls it; rank 0 writes, then drops what is no longer kept."""
-        states = loop.backend.exchange(loop.random.state())
-        if loop.backend.rank == 0:
-            state = {"loop": loop.state.as_dict(), "random": states, "optimizer": _optimizer_scalars(loop)}
-            self._write(loop, state, best)
-            self._drop()
-        loop.backend.exchange("saved")
+    def save(self, loop: TrainLoop, *, best: bool, drop: bool = True) -> Path:
+        """Write the loop's state and return its folder. Every rank calls it; rank 0 writes.
 
-    def _write(self, loop: TrainLoop, state: Mapping[str, Any], best: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        Then what is no longer kept is removed, unless ``drop`` is false: a run of several roles decides that itself,
+        with :meth:`drop_except`.
+        """
+        backend = loop.backend
+        files = {"weights.safetensors": backend.weights(), "optimizer.safetensors": backend.optimizer_state()}
+        if loop.average is not None:
+            files["ema.safetensors"] = whole(loop.average.weights)
+        state = {"loop": loop.state.as_dict(), "random": backend.exchange(loop.random.state())}
         name = f"step-{loop.state.step:08d}"
+        if backend.rank == 0:
+            self._write(name, loop.state.step, files, state, best)
+            if drop:
+                self._drop()
+        backend.exchange("saved")
+        return self.folder / name
+
+    def _write(
+        self, name: str, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / f".writing-{name}-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        save_file(_detached(saved_tensors(loop.module)), draft / "weights.safetensors")
-        if loop.average is not None:
-            save_file(_detached(loop.average.weights), draft / "ema.safetensors")
-        save_file(_optimizer_tensors(loop), draft / "optimizer.safetensors")
+        for file, tensors in files.items():
+            save_file(dict(tensors), draft / file)
         (draft / "state.json").write_text(json.dumps(state))
         manifest = {
             "format": _FORMAT,
-            "step": loop.state.step,
+            "step": step,
             "best": best,
             "settings": dict(self.identity.settings),
             "settings_digest": self.identity.digest(),
@@ -104,11 +115,15 @@ class Checkpoints:
         _flush(self.folder)
 
     def _drop(self) -> None:
-        """Remove all but the newest ``keep`` and the newest best, and drafts that a killed process left."""
+        """Remove all but the newest ``keep`` and the newest best."""
         found = list(self._candidates())
-        best = next((f.step for f in found if f.manifest["best"]), None)
-        for checkpoint in found[self.keep :]:
-            if checkpoint.step != best:
+        best = [f.step for f in found if f.manifest["best"]][:1]
+        self.drop_except([f.step for f in found[: self.keep]] + best)
+
+    def drop_except(self, steps: Collection[int]) -> None:
+        """Remove the checkpoints of all other steps, and drafts that a killed process left. Called by one rank."""
+        for checkpoint in list(self._candidates()):
+            if checkpoint.step not in steps:
                 shutil.rmtree(checkpoint.folder)
         for draft in self.folder.glob(".writing-*"):
             shutil.rmtree(draft, ignore_errors=True)
@@ -120,14 +135,25 @@ class Checkpoints:
 
         ResumeError if it belongs to other settings or data; the message says which.
         """
-        for found in self._candidates():
-            problem = _problem(found)
-            if problem:
-                _log.warning("%s is skipped: %s", found.folder, problem)
-                continue
+        for found in self._valid():
             self._check_identity(found)
             return found
         return None
+
+    def steps(self) -> list[int]:
+        """Steps of the valid checkpoints, oldest first. A torn one is skipped with a warning."""
+        return [found.step for found in self._valid()][::-1]
+
+    def at(self, step: int) -> Found:
+        """The checkpoint of one step. ResumeError if it is missing, torn, or of other settings or data."""
+        for found in self._candidates():
+            if found.step == step:
+                problem = _problem(found)
+                if problem:
+                    raise ResumeError(f"{found.folder} cannot be resumed: {problem}")
+                self._check_identity(found)
+                return found
+        raise ResumeError(f"{self.folder} has no checkpoint of step {step}; it has {self.steps()}")
 
     def best(self) -> Found | None:
         """The newest valid checkpoint that was the best of its run when it was saved; the newest if none was."""
@@ -135,6 +161,15 @@ class Checkpoints:
             if found.manifest["best"] and not _problem(found):
                 return found
         return self.newest()
+
+    def _valid(self) -> Iterator[Found]:
+        """Complete checkpoints, newest first; a torn one is skipped with a warning."""
+        for found in self._candidates():
+            problem = _problem(found)
+            if problem:
+                _log.warning("%s is skipped: %s", found.folder, problem)
+            else:
+                yield found
 
     def _candidates(self) -> Iterator[Found]:
         """Folders with a readable manifest, newest first."""
@@ -162,15 +197,17 @@ class Checkpoints:
 
 
 def resume(loop: TrainLoop, found: Found) -> None:
-    """Put the loop where the checkpoint left it, to the bit for the same number of ranks."""
-    load_weights(loop.module, found)
+    """Put the loop where the checkpoint left it, to the bit for the same backend and number of ranks."""
+    tensors = _read(found, "weights.safetensors")
+    _check_names(found, saved_tensors(loop.module), tensors)
+    loop.backend.load_weights(tensors)
+    loop.backend.load_optimizer_state(_read(found, "optimizer.safetensors"))
     if loop.average is not None:
         averaged = _read(found, "ema.safetensors")
         for name, tensor in loop.average.weights.items():
-            tensor.copy_(averaged[name])
+            assign(tensor, averaged[name])
     state = json.loads((found.folder / "state.json").read_text())
     loop.state = LoopState(**state["loop"])
-    _load_optimizer(loop, _read(found, "optimizer.safetensors"), state["optimizer"])
     # A rank beyond those that saved keeps its freshly seeded generators.
     if loop.backend.rank < len(state["random"]):
         loop.random.load(state["random"][loop.backend.rank])
@@ -185,52 +222,17 @@ def load_weights(module: nn.Module, found: Found, *, averaged: bool = False) -> 
     if averaged and "ema.safetensors" in found.manifest["files"]:
         tensors |= _read(found, "ema.safetensors")
     own = saved_tensors(module)
+    _check_names(found, own, tensors)
+    for name, target in own.items():
+        assign(target, tensors[name])
+
+
+def _check_names(found: Found, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     if own.keys() != tensors.keys():
         raise ResumeError(
             f"{found.folder} does not fit the model: missing {sorted(own.keys() - tensors.keys())[:10]}, "
             f"left over {sorted(tensors.keys() - own.keys())[:10]}"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
-def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a module: trained parameters and persistent buffers; frozen weights are not saved."""
-    parameters = {name for name, _ in module.named_parameters()}
-    names = trainable(module).keys()
-    return {n: t for n, t in module.state_dict(keep_vars=True).items() if n in names or n not in parameters}
-
-
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(loop: TrainLoop) -> dict[str, Tensor]:
-    """The optimiser's moments as ``<parameter>/<field>``."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(loop.module).items()}
-    return {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous().clone()
-        for parameter, fields in loop.optimizer.state.items()
-        for key, value in fields.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _optimizer_scalars(loop: TrainLoop) -> dict[str, Any]:
-    return {"lr": [group["lr"] for group in loop.optimizer.param_groups]}
-
-
-def _load_optimizer(loop: TrainLoop, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-    parameters = trainable(loop.module)
-    loop.optimizer.state.clear()
-    for key, tensor in tensors.items():
-        name, field = key.rsplit("/", 1)
-        # Adam's step counter stays on CPU unless the optimiser is fused; moments live beside their parameter.
-        place = tensor.device if tensor.ndim == 0 else parameters[name].device
-        loop.optimizer.state[parameters[name]][field] = tensor.to(place)
-    for group, rate in zip(loop.optimizer.param_groups, scalars["lr"], strict=True):
-        group["lr"] = rate
 
 
 def _read(found: Found, name: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actors.trainers.backends.base import Backend
 from actors.trainers.nonfinite import find_culprits
-from actors.trainers.optim import MovingAverage, build_optimizer, clip, gradient_norm, learning_rate, trainable
+from actors.trainers.optim import MovingAverage, learning_rate
 from actors.trainers.randomness import RoleRandom, Snapshot
 from configs.schema import TrainerConfig
 from models.spec import RoleSpec
@@ -45,7 +45,7 @@ class Hooks:
     """Sample ids that could not be loaded anywhere in this step, with the reasons."""
     validate: Callable[[nn.Module], Metrics] | None = None
     """Numbers of the validation split; the module is in eval mode and holds the averaged weights, if any."""
-    save: Callable[[int, bool], None] = _nothing
+    save: Callable[[int, bool], Any] = _nothing
     """Write a checkpoint of the state after ``step`` steps; ``best``: validation says it is the best so far."""
 
 
@@ -79,7 +79,10 @@ class _Interval:
 
 
 class TrainLoop:
-    """Trains ``module`` as ``role`` says. The state can be saved after any step and loaded before the next."""
+    """Trains ``module`` as ``role`` says, placed by the backend, which owns gradients and optimiser.
+
+    The state can be saved after any step and loaded before the next.
+    """
 
     def __init__(
         self,
@@ -92,14 +95,13 @@ class TrainLoop:
         seed: int,
         hooks: Hooks | None = None,
     ) -> None:
-        self.module, self.role, self.config, self.backend = module, role, config, backend
+        self.module = backend.prepare(module, role, config)
+        self.role, self.config, self.backend = role, config, backend
         self.loss_weights = dict(loss_weights)
         self.hooks = hooks or Hooks()
-        self.optimizer = build_optimizer(module, config, role.no_decay)
-        self.average = MovingAverage(module, config.ema) if config.ema else None
+        self.average = MovingAverage(self.module, config.ema) if config.ema else None
         self.random = RoleRandom(seed, role.name, backend.rank)
         self.state = LoopState()
-        self._parameters = list(trainable(module).values())
         self._interval = _Interval()
         self._autocast = torch.autocast(
             backend.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
@@ -121,7 +123,7 @@ class TrainLoop:
     def train_step(self, loaded: LoadedStep) -> dict[str, float]:
         """One optimiser step; returns the global mean of each loss term. Skips the step if it is not finite."""
         counts = self._agree(loaded)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.backend.zero_grad()
         sums = dict.fromkeys(counts, 0.0)
         before = self.random.snapshot()
         with self.random.active():
@@ -176,29 +178,24 @@ class TrainLoop:
         """
         mine = torch.tensor([*sums.values()], dtype=torch.float64)
         flag = (~torch.isfinite(mine)).any().double()[None]
-        total = self.backend.reduce(self._parameters, torch.cat([torch.nan_to_num(mine), flag]))
-        norm = gradient_norm(self._parameters)
+        total, norm = self.backend.reduce(torch.cat([torch.nan_to_num(mine), flag]))
         finite = bool(total[-1] == 0) and bool(torch.isfinite(norm))
         terms = {term: float(value) / max(counts[term], 1.0) for term, value in zip(sums, total, strict=False)}
         return terms, norm, finite
 
     def _update(self, step: int, norm: Tensor) -> None:
-        rate = learning_rate(step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        clip(self._parameters, norm, self.config.clip_norm)
-        self.optimizer.step()
+        self.backend.update(learning_rate(step, self.config), norm, self.config.clip_norm)
         if self.average is not None:
             self.average.update(self.module)
 
     def _skip(self, loaded: LoadedStep, before: Snapshot) -> None:
         """Leave the weights alone, name the samples, and give up when it happens too often."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.backend.zero_grad()
         self.state.skipped += 1
         after = self.random.snapshot()
         self.random.rewind(before)
         with self.random.active():
-            mine = find_culprits(self.module, self.role, loaded.micro_batches, self.backend.device, self._autocast)
+            mine = find_culprits(self.module, self.role, loaded.micro_batches, self.backend, self._autocast)
         self.random.rewind(after)
         culprits = {name: why for part in self.backend.exchange(mine) for name, why in part.items()}
         named = "; ".join(f"{name}: {why}" for name, why in sorted(culprits.items())) or (

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actors.trainers.tensors import local, trainable
+from configs import ConfigError
 from configs.schema import TrainerConfig
 
 
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that are trained, by name, in a fixed order."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
 def build_optimizer(module: nn.Module, config: TrainerConfig, no_decay: Sequence[str]) -> torch.optim.AdamW:
-    """AdamW with two groups: parameters of one axis or whose name holds one of ``no_decay`` get no weight decay."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in trainable(module).items():
+    """AdamW over the groups of :func:`parameter_groups`."""
+    groups = parameter_groups(module, config, no_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+
+
+def parameter_groups(module: nn.Module, config: TrainerConfig, no_decay: Sequence[str]) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay and by factor on the learning rate, kept under ``scale``.
+
+    Parameters of one axis or whose name holds one of ``no_decay`` get no weight decay. The factor is that of the first
+    glob of ``trainer.lr_scale`` that fits the name. ConfigError for a glob that fits no parameter.
+    """
+    parameters = trainable(module)
+    unused = [glob for glob in config.lr_scale if not any(fnmatch.fnmatchcase(name, glob) for name in parameters)]
+    if unused:
+        raise ConfigError(
+            f"trainer.lr_scale: {unused} fits none of the {len(parameters)} trained parameters; "
+            f"they begin with {sorted({name.split('.')[0] for name in parameters})}"
+        )
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
         exempt = parameter.ndim < 2 or any(part in name for part in no_decay)
-        (rest if exempt else decay).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        groups.setdefault((_factor(name, config.lr_scale), exempt), []).append(parameter)
+    # The order does not depend on which parameter comes first: factor 1 and decay before the others.
+    order = sorted(groups, key=lambda key: (key[0] != 1.0, key))
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay, "scale": key[0]}
+        for key in order
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(config.betas[0], config.betas[1])
-    )
+
+
+def _factor(name: str, scales: Mapping[str, float]) -> float:
+    return next((float(factor) for glob, factor in scales.items() if fnmatch.fnmatchcase(name, glob)), 1.0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the learning rate times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
 
 
 def learning_rate(step: int, config: TrainerConfig) -> float:
@@ -47,18 +70,25 @@ def learning_rate(step: int, config: TrainerConfig) -> float:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Euclidean norm over all gradients, a scalar tensor; not finite if any gradient is not."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Euclidean norm over all gradients, a scalar tensor; not finite if any gradient is not. Collective if sharded."""
+    return local(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]), full=True)
 
 
 def clip(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
     """Scale the gradients down to ``limit`` (0: leave them)."""
-    if limit > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    if limit <= 0:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # A factor that is no DTensor cannot be multiplied onto one; the rank's own part is scaled in place instead.
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
 
 
 class MovingAverage:
-    """Exponential moving average of the trained weights, in float32, for validation and the final model."""
+    """Exponential moving average of the trained weights, in float32, for validation and the final model.
+
+    It is spread over the ranks as the weights are.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -68,12 +98,13 @@ class MovingAverage:
     def update(self, module: nn.Module) -> None:
         """Move towards the module's weights by ``1 - decay``."""
         for name, parameter in trainable(module).items():
-            self.weights[name].lerp_(parameter.detach().float(), 1.0 - self.decay)
+            local(self.weights[name]).lerp_(local(parameter.detach()).float(), 1.0 - self.decay)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange the module's weights and the averaged ones; a second call exchanges them back."""
         for name, parameter in trainable(module).items():
-            mine = self.weights[name].clone()
-            self.weights[name].copy_(parameter)
-            parameter.copy_(mine)
+            average, current = local(self.weights[name]), local(parameter.detach())
+            mine = average.clone()
+            average.copy_(current)
+            current.copy_(mine)

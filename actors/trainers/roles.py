@@ -71,7 +71,6 @@ def train_role(
     module, role, settings = _build(config, feed, plan)
     if config.trainer.activation_checkpointing:
         checkpoint_activations(module, role)
-    backend.prepare(module)
     loop = TrainLoop(
         module=module,
         role=role,

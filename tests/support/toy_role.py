@@ -91,10 +91,17 @@ def toy_steps(start: int, stop: int, **how: int) -> Iterator[Step]:
         yield toy_step_of(step, **how)
 
 
-def toy_loop(*, hooks: Hooks | None = None, backend: Any = None, dropout: float = 0.0, **settings: Any) -> TrainLoop:
+def toy_loop(
+    *, hooks: Hooks | None = None, backend: Any = None, dropout: float = 0.0, shift: float = 0.0, **settings: Any
+) -> TrainLoop:
+    """A loop over the toy role, whose weights begin ``shift`` away from the usual ones."""
     config = TrainerConfig(**{"steps": 10, "lr": 0.05, "warmup_steps": 2, "log_every": 1, **settings})
+    module = Toy(dropout)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += shift
     return TrainLoop(
-        module=Toy(dropout),
+        module=module,
         role=ROLE,
         config=config,
         backend=backend or SingleBackend(),

@@ -1,49 +1,84 @@
-"""What a backend is: how one role's weights and gradients are spread over its ranks."""
+"""What a backend is: how one role's weights, gradients and optimiser are spread over its ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from configs.schema import TrainerConfig
+from models.spec import RoleSpec
 
 Edge = tuple[Tensor, Tensor]
 """An activation that left on an edge, and the gradient that came back for it."""
 
 
 class Backend(Protocol):
-    """Every method is called by all ranks alike, in the same order."""
+    """Owns the optimiser and the gradients. Every method is called by all ranks alike, in the same order."""
 
     rank: int
     world_size: int
     device: torch.device
+    sharded: bool
+    """Whether a forward or backward pass talks to the other ranks, so that none can make one alone."""
 
-    def prepare(self, module: nn.Module) -> None:
-        """Move the module to the device and give every rank the weights of rank 0."""
+    def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
+        """Place and spread the module, give every rank the weights of rank 0, make the optimiser.
+
+        Parameters that require a gradient are trained. Returns what is called from now on; names stay.
+        """
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
 
     def backward(self, loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
         """Accumulate, once a micro-batch, the gradient of the loss and of what came back on edges."""
 
-    def reduce(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
-        """Sum the gradients over the ranks (losses are already shares of the global mean: nothing is averaged),
-        and ``extra``, a float64 vector on CPU, in the same message. Returns the sum of ``extra``.
+    def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete the gradients: their sum over the ranks, since losses are shares of the global mean already.
+
+        ``extra``, a float64 vector on CPU, is summed with them. Returns that sum and the norm of the whole gradient,
+        not finite if any gradient is not; both are equal on all ranks. The weights are not touched.
+        """
+
+    def update(self, rate: float, norm: Tensor, limit: float) -> None:
+        """One optimiser step at learning rate ``rate`` (times ``trainer.lr_scale``), with the gradient of the last
+        :meth:`reduce` scaled down to norm ``limit`` (0: as it is).
         """
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message (small, picklable), in rank order."""
 
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters and persistent buffers: whole, on CPU, by the module's own names. Complete on rank 0."""
 
-def backward(loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
-    """One backward pass of ``loss + sum((h * grad).sum())``.
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's state as ``<parameter>/<field>``, as :meth:`weights` gives weights."""
 
-    One scalar, because separate backward calls on a shared graph crash DDP and ZeRO. Nothing is done where there is
-    nothing to differentiate.
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`weights` gave, on any backend and any number of ranks; equal on all ranks."""
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`optimizer_state` gave."""
+
+
+def combine(loss: Tensor | None, edges: Sequence[Edge] = ()) -> Tensor | None:
+    """``loss + sum((h * grad).sum())``, one scalar; None where there is nothing to differentiate.
+
+    Separate backward calls on a shared graph crash ZeRO and DDP.
     """
     terms = [] if loss is None or not loss.requires_grad else [loss]
     terms += [(h.float() * grad.float()).sum() for h, grad in edges]
-    if terms:
-        torch.stack([term.float() for term in terms]).sum().backward()
+    return torch.stack([term.float() for term in terms]).sum() if terms else None
+
+
+def backward(loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
+    """One backward pass of :func:`combine`."""
+    scalar = combine(loss, edges)
+    if scalar is not None:
+        scalar.backward()
 
 
 def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -8,49 +8,48 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.trainers.backends.base import Edge, backward, flatten_gradients, scatter_gradients
+from actors.trainers.backends.base import flatten_gradients, scatter_gradients
+from actors.trainers.backends.single import SingleBackend
+from actors.trainers.optim import gradient_norm
+from models.spec import RoleSpec
 
 
-class DdpBackend:
+class DdpBackend(SingleBackend):
     """Whole weights on every rank of ``group`` (None: the default group, which must be initialised)."""
 
     def __init__(self, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None) -> None:
-        self.device = torch.device(device)
+        super().__init__(device)
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
-    def prepare(self, module: nn.Module) -> None:
+    def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:
         """Move the module to the device and copy the weights and buffers of rank 0 to all."""
-        module.to(self.device)
+        module = super()._place(module, role)
         if self.world_size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, group=self.group, group_src=0)
+        return module
 
-    def backward(self, loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
-        """Accumulate locally."""
-        backward(loss, edges)
-
-    def reduce(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
-        """Sum gradients and ``extra`` over the ranks in one all-reduce.
+    def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum gradients and ``extra`` over the ranks in one all-reduce; returns the sum of ``extra``, and the norm.
 
         ``extra`` travels as float32 behind the gradients. A rank's own numbers stay exact with one rank.
         """
-        flat = flatten_gradients(parameters)
         if self.world_size == 1:
-            scatter_gradients(flat, parameters)
-            return extra
+            return super().reduce(extra)
+        parameters = list(self._parameters.values())
+        flat = flatten_gradients(parameters)
         message = torch.cat([flat, extra.to(flat)])
         dist.all_reduce(message, group=self.group)
         scatter_gradients(message[: flat.numel()], parameters)
-        return message[flat.numel() :].double().cpu()
+        return message[flat.numel() :].double().cpu(), gradient_norm(parameters)
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""

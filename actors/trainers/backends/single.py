@@ -1,41 +1,98 @@
-"""One process, no communication: the backend of inline runs and the oracle of the others."""
+"""One process, no communication: the backend of inline runs, the oracle of the others, and what they build on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actors.trainers.backends.base import Edge, backward, flatten_gradients, scatter_gradients
+from actors.trainers.optim import build_optimizer, clip, gradient_norm, set_rate
+from actors.trainers.tensors import assign, local, saved_tensors, trainable, whole
+from configs.schema import TrainerConfig
+from models.spec import RoleSpec
 
 
 class SingleBackend:
-    """Weights and gradients in one place."""
+    """Weights, gradients and optimiser in one place."""
 
     rank = 0
     world_size = 1
+    sharded = False
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        self._parameters: dict[str, nn.Parameter] = {}
 
-    def prepare(self, module: nn.Module) -> None:
-        """Put the module where it is trained."""
-        module.to(self.device)
+    def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
+        """Put the module where it is trained and make its optimiser."""
+        self._module = self._place(module, role)
+        self._parameters = trainable(self._module)
+        self._optimizer = build_optimizer(self._module, config, role.no_decay)
+        return self._module
+
+    def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:  # noqa: ARG002  others shard by the role
+        return module.to(self.device)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
         """Accumulate the gradient of a loss and of what came back on edges."""
         backward(loss, edges)
 
-    def reduce(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
-        """Complete the gradients; returns ``extra`` summed over ranks. Nobody else here.
+    def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete the gradients; returns ``extra`` summed over ranks, and the norm. Nobody else here.
 
         A parameter that took no part gets a zero gradient, as it would among several ranks.
         """
+        parameters = list(self._parameters.values())
         scatter_gradients(flatten_gradients(parameters), parameters)
-        return extra
+        return extra, gradient_norm(parameters)
+
+    def update(self, rate: float, norm: Tensor, limit: float) -> None:
+        """Clip and step."""
+        set_rate(self._optimizer, rate)
+        clip(list(self._parameters.values()), norm, limit)
+        self._optimizer.step()
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""
         return [message]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters and buffers, whole, on CPU."""
+        return whole(saved_tensors(self._module))
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's moments as ``<parameter>/<field>``."""
+        state = self._optimizer.state
+        return whole(
+            {
+                f"{name}/{field}": value
+                for name, parameter in self._parameters.items()
+                for field, value in state.get(parameter, {}).items()
+                if isinstance(value, Tensor)
+            }
+        )
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`weights` gave."""
+        for name, target in saved_tensors(self._module).items():
+            assign(target, tensors[name])
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`optimizer_state` gave."""
+        self._optimizer.state.clear()
+        for key, tensor in tensors.items():
+            name, field = key.rsplit("/", 1)
+            parameter = self._parameters[name]
+            if tensor.ndim:
+                value = torch.zeros_like(parameter, dtype=tensor.dtype)
+                assign(value, tensor)
+            else:  # Adam's step counter stays on CPU unless the optimiser is fused
+                value = local(tensor).clone()
+            self._optimizer.state[parameter][field] = value

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from actors.trainers.backends.base import backward, flatten_gradients, scatter_gradients
 from actors.trainers.backends.ddp import DdpBackend
 from actors.trainers.backends.single import SingleBackend
+from configs.schema import TrainerConfig
+from tests.support.toy_role import ROLE
 
 
 def test_backward_of_a_loss_and_of_edges_is_one_pass() -> None:
@@ -44,9 +46,11 @@ def test_flat_gradients_round_trip_and_fill_zeros() -> None:
 def test_single_backend_gives_unused_parameters_a_zero_gradient() -> None:
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     backend = SingleBackend()
+    backend.prepare(torch.nn.ParameterDict({"used": used, "unused": unused}), ROLE, TrainerConfig())
     backend.backward((used * 3).sum())
-    extra = backend.reduce([used, unused], torch.tensor([4.0]))
+    extra, norm = backend.reduce(torch.tensor([4.0]))
     assert extra.tolist() == [4.0]
+    assert float(norm) == pytest.approx(18**0.5)
     assert used.grad is not None
     assert used.grad.tolist() == [3, 3]
     assert unused.grad is not None
@@ -60,11 +64,7 @@ def _rank(rank: int, world: int, store: str, out: str, nan_at: int) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    backend = DdpBackend()
-    loop = toy_loop(backend=backend)
-    with torch.no_grad():
-        loop.module.linear.bias += rank  # overwritten by rank 0's
-    backend.prepare(loop.module)
+    loop = toy_loop(backend=DdpBackend(), shift=rank)  # overwritten by rank 0's weights
     terms = []
     for step in range(4):
         loaded = toy_step_of(step, micro_batches=2, rank=rank, world=world)
