@@ -17,6 +17,7 @@ import pyarrow as pa
 from configs import ConfigError, RunConfig
 from configs.schema import ViewSetConfig
 from services.contracts import Role, ViewRole
+from services.streams.conversations import ConversationSampler
 
 _NONE: frozenset[int] = frozenset()
 
@@ -192,6 +193,7 @@ SAMPLERS: dict[str, Callable[[RunConfig], Sampler]] = {
     "view": lambda _: ViewSampler(),
     "view_set": lambda config: ViewSetSampler(config.recipe.view_set),
     "item": lambda _: ItemSampler(),
+    "conversation": lambda _: ConversationSampler(),
 }
 
 
