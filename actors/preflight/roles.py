@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actors.preflight.encoders import EncoderCost
 from actors.preflight.memory import StepCost, step_cost
-from actors.trainers import representation
+from actors.recipes import probe
 from configs.schema import RunConfig
 from services.errors import ModelError
 
@@ -28,8 +28,8 @@ def role_cost(config: RunConfig, features: EncoderCost, classes: int, workers: i
     # Fake tensors have shapes and a device, and no memory; unlike those on the meta device, autocast acts on them.
     with FakeTensorMode():
         batch = probe_batch(features, samples, settings.height, settings.width)
-        arguments = representation.model_settings(config, batch, classes)
-        module, role = representation.build_probe(config.model.name, arguments, config.seed)
+        arguments = probe.model_settings(config, batch, classes)
+        module, role = probe.build_probe(config.model.name, arguments, config.seed)
         if config.peft.method != "none" and not (config.peft.targets or role.lora_targets):
             raise ModelError(
                 f"peft.method={config.peft.method}: {config.model.name} names no modules for it (it is trained whole); "

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from actors.trainers import representation
+from actors.recipes import Built, Recipe, open_recipe
+from actors.recipes.base import select_trained
 from actors.trainers.backends.base import Backend
 from actors.trainers.checkpoint import Checkpoints, Identity, resume
 from actors.trainers.feed import Feed as Feed  # where others look for it
 from actors.trainers.loop import Hooks, Metrics, TrainLoop, to_device
 from actors.trainers.recompute import checkpoint_activations
+from configs.roles import role_config
 from configs.schema import RunConfig
 from models.spec import RoleSpec
 from services.contracts import Split
@@ -54,42 +56,46 @@ class RoleResult:
 
 
 def train_role(
-    config: RunConfig, folder: Path, feed: Feed, backend: Backend, *, stream: Stream | None = None
+    config: RunConfig, folder: Path, feed: Feed, backend: Backend, *, role: str = "", stream: Stream | None = None
 ) -> RoleResult:
-    """Train the role of a probe run on this rank, resuming from the newest valid checkpoint of ``folder``.
+    """Train one role on this rank, resuming from the newest valid checkpoint of ``folder``.
 
     Args:
         config: the run.
         folder: the run folder, reachable from every rank.
-        feed: where samples come from.
-        backend: this rank's place among the others.
+        feed: where samples of the role come from.
+        backend: this rank's place among those of its role.
+        role: which role of the recipe; "" is its first.
         stream: gives this rank's planned steps; None reads the plan directly.
     """
+    recipe = open_recipe(config)
+    role = role or recipe.roles[0]
+    config = role_config(config, role)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     plan = feed.plan(Split.TRAIN)
-    module, role, settings = _build(config, feed, plan)
+    built = recipe.build(role, feed, plan)
+    module = adapt(config, role, built)
     if config.trainer.activation_checkpointing:
-        checkpoint_activations(module, role)
+        checkpoint_activations(module, built.spec)
     loop = TrainLoop(
         module=module,
-        role=role,
+        role=built.spec,
         config=config.trainer,
         backend=backend,
-        loss_weights=representation.loss_weights(config),
+        loss_weights=recipe.loss_weights(role),
         seed=config.seed,
     )
-    checkpoints = open_checkpoints(config, folder, plan)
+    checkpoints = open_checkpoints(config, folder, plan, role)
     found = checkpoints.newest()
     if found is not None:
         resume(loop, found)
         _log.info("resumed from %s", found.folder)
     elif backend.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.json").write_text(json.dumps({"name": config.model.name, "settings": settings}, indent=1))
+        write_settings(folder, role, built)
     began_at = loop.state.step
     loggers = Loggers(folder, config.logger) if backend.rank == 0 else None
-    validation = _Validation(feed, role, backend)
+    validation = _Validation(feed, recipe, built.spec, backend)
     loop.hooks = Hooks(
         metrics=loggers.log if loggers is not None else lambda *_: None,
         broken=_report_broken if backend.rank == 0 else lambda _: None,
@@ -122,10 +128,43 @@ def train_role(
     )
 
 
-def open_checkpoints(config: RunConfig, folder: Path, plan: EpochPlan) -> Checkpoints:
-    """The checkpoints of a run folder, bound to the run's settings and data."""
+def adapt(config: RunConfig, role: str, built: Built) -> nn.Module:
+    """The module of ``role`` with what the run trains of it: adapters, or the parameters that ``recipe.train`` names.
+
+    ConfigError for names that match nothing.
+    """
+    settings = role_config(config, role)
+    globs = config.recipe.train.get(role, [])
+    if settings.peft.method == "lora":
+        from actors.trainers.lora import apply_lora
+
+        return apply_lora(built.module, built.spec, settings.peft, keep=globs)
+    if globs:
+        select_trained(built.module, globs, role)
+    return built.module
+
+
+def open_checkpoints(config: RunConfig, folder: Path, plan: EpochPlan, role: str = "") -> Checkpoints:
+    """The checkpoints of one role of a run folder ("": its first), bound to the run's settings and data."""
+    roles = open_recipe(config).roles
     identity = Identity(settings=deciding_settings(config), plan=plan.digest)
-    return Checkpoints(folder / "checkpoints", identity, keep=config.trainer.keep_checkpoints)
+    below = folder / "checkpoints" if len(roles) == 1 else folder / "checkpoints" / (role or roles[0])
+    return Checkpoints(below, identity, keep=config.trainer.keep_checkpoints)
+
+
+def write_settings(folder: Path, role: str, built: Built) -> None:
+    """Keep what the role's module is made from, for evaluation."""
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    (folder / "models" / f"{role}.json").write_text(json.dumps(dict(built.settings), indent=1))
+
+
+def read_settings(folder: Path, role: str) -> dict[str, Any] | None:
+    """What :func:`write_settings` kept; None where nothing was trained."""
+    path = folder / "models" / f"{role}.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
@@ -140,6 +179,9 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
         },
         "cache.codec": config.cache.codec,
         "peft": dataclasses.asdict(config.peft),
+        "roles": {name: dataclasses.asdict(role) for name, role in config.roles.items()},
+        "data.augment": dataclasses.asdict(config.data.augment),
+        "data.text": dataclasses.asdict(config.data.text),
         "trainer": {k: v for k, v in dataclasses.asdict(config.trainer).items() if k not in _TRAINER_FREE},
     }
     return dict(_flatten("", chosen))
@@ -153,26 +195,6 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _build(config: RunConfig, feed: Feed, plan: EpochPlan) -> tuple[nn.Module, RoleSpec, dict[str, Any]]:
-    """The model for this run's features and classes, its standardisation measured on the plan's first samples.
-
-    Every rank reads the same global samples, so the statistics do not depend on the number of ranks.
-    """
-    per_step = plan.micro_batch * len(plan.kinds)
-    steps = max(1, min(plan.steps_per_epoch, representation.CALIBRATION_SAMPLES // per_step))
-    with closing(feed.load(plan, stop=steps)) as loader:
-        batches = [_kept(micro.batch) for step in loader for micro in step.micro_batches]
-    settings = representation.model_settings(config, batches[0], len(feed.targets.classes))
-    module, role = representation.build_probe(config.model.name, settings, config.seed)
-    representation.calibrate(module, batches)
-    return module, role, settings
-
-
-def _kept(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of its own memory: the loader uses its buffers again."""
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
 def _report_broken(broken: Mapping[str, str]) -> None:
     for sample, reason in broken.items():
         _log.warning("%s is left out: %s", sample, reason)
@@ -181,20 +203,19 @@ def _report_broken(broken: Mapping[str, str]) -> None:
 class _Validation:
     """The validation hook: every rank takes its share of the split, the tallies are added up."""
 
-    def __init__(self, feed: Feed, role: RoleSpec, backend: Backend) -> None:
-        self._feed, self._role, self._backend = feed, role, backend
-        self._weights = representation.loss_weights(feed.config)
+    def __init__(self, feed: Feed, recipe: Recipe, role: RoleSpec, backend: Backend) -> None:
+        self._feed, self._recipe, self._role, self._backend = feed, recipe, role, backend
         self.possible = any(manifest.of_split(Split.VAL) for manifest in feed.manifests.values())
         self.last: Metrics = {}
 
     def __call__(self, module: nn.Module) -> Metrics:
-        tally = representation.Tally(len(self._feed.targets.classes), self._weights)
+        tally = self._recipe.tally(self._role.name, self._feed)
         backend = self._backend
         plan = self._feed.plan(Split.VAL)
         with closing(self._feed.load(plan, rank=backend.rank, world_size=backend.world_size)) as loader:
             for step in loader:
                 for micro in step.micro_batches:
-                    tally.update(module, self._role, to_device(micro.batch, backend.device))
+                    tally.update(module, self._role, to_device(micro.batch, backend.device), {})
         mine, *others = backend.exchange(tally)
         for other in others:
             mine.merge(other)

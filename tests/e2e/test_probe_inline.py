@@ -33,7 +33,7 @@ def test_the_run_folder_is_complete(finished: driver.RunResult) -> None:
     assert finished.steps == 6
     names = {path.name for path in finished.folder.iterdir()}
     assert names >= {
-        "config.yaml", "metrics.jsonl", "events", "checkpoints", "evaluation.json", "examples.npz", "model.json",
+        "config.yaml", "metrics.jsonl", "events", "checkpoints", "evaluation.json", "examples.npz", "models",
         "report", "summary.json",
     }  # fmt: skip
     assert "broken" not in names

@@ -1,14 +1,17 @@
-"""What a role that learns heads on frozen features adds to the loop: building, calibrating, and judging a probe."""
+"""The recipe ``probe``: heads on frozen features, as papers judge encoders."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from actors.recipes.base import Built, Recipe, kept_rows, seeded
 from configs import ConfigError
 from configs.schema import RunConfig
 from models.metrics.depth import DepthMetrics
@@ -17,6 +20,11 @@ from models.probe.losses import IGNORE
 from models.probe.model import Probe
 from models.registry import build, spec
 from models.spec import RoleSpec
+from services.contracts import Split
+
+if TYPE_CHECKING:
+    from actors.trainers.feed import Feed
+    from services.streams.plan import EpochPlan
 
 DEPTH_HEADS = ("depth_linear", "depth_dpt")
 TERMS = (*DEPTH_HEADS, "segmentation")
@@ -24,12 +32,44 @@ CALIBRATION_SAMPLES = 64
 """Training samples that the feature statistics are measured on."""
 
 
-def loss_weights(config: RunConfig) -> dict[str, float]:
-    """Weight of each loss term: ``recipe.losses``, 1 where it says nothing. ConfigError for a term there is not."""
-    unknown = sorted(set(config.recipe.losses) - set(TERMS))
-    if unknown:
-        raise ConfigError(f"recipe.losses has {unknown[0]!r}; the terms of recipe probe are {', '.join(TERMS)}")
-    return {term: config.recipe.losses.get(term, 1.0) for term in TERMS}
+class ProbeRecipe(Recipe):
+    """One role that learns three heads on the features of ``recipe.features``."""
+
+    def terms(self, role: str) -> tuple[str, ...]:  # noqa: ARG002, D102
+        return TERMS
+
+    def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:
+        """The heads for this run's features and classes, standardisation measured on the plan's first samples.
+
+        Every rank reads the same global samples, so the statistics do not depend on the number of ranks.
+        """
+        per_step = plan.micro_batch * len(plan.kinds)
+        steps = max(1, min(plan.steps_per_epoch, CALIBRATION_SAMPLES // per_step))
+        with closing(feed.load(plan, stop=steps)) as loader:
+            batches = [_kept(micro.batch) for step in loader for micro in step.micro_batches]
+        built = self.rebuild(role, model_settings(self.config, batches[0], len(feed.targets.classes)))
+        assert isinstance(built.module, Probe), "rebuild makes a probe"
+        calibrate(built.module, batches)
+        return built
+
+    def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: ARG002, D102
+        module, spec = build_probe(self.config.model.name, settings, self.config.seed)
+        return Built(module=module, spec=spec, settings=settings)
+
+    def tally(self, role: str, feed: Feed) -> Tally:  # noqa: D102
+        return Tally(len(feed.targets.classes), self.loss_weights(role))
+
+    def evaluate(  # noqa: D102
+        self, trained: Mapping[str, Built], feed: Feed, folder: Path, *, split: Split, device: str
+    ) -> dict[str, Any]:
+        from actors.recipes.probe_evaluation import evaluate
+
+        return evaluate(self, trained[self.roles[0]], feed, folder, split=split, device=device)
+
+
+def _kept(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of its own memory: the loader uses its buffers again."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def model_settings(config: RunConfig, batch: Mapping[str, Any], classes: int) -> dict[str, Any]:
@@ -47,8 +87,7 @@ def model_settings(config: RunConfig, batch: Mapping[str, Any], classes: int) ->
 
 def build_probe(name: str, settings: Mapping[str, Any], seed: int) -> tuple[Probe, RoleSpec]:
     """The model with weights that depend on the seed alone, and its role."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         module = build(name, **settings)
     if not isinstance(module, Probe):
         raise ConfigError(f"model.name={name}: recipe probe trains a probe-* model")
@@ -57,13 +96,8 @@ def build_probe(name: str, settings: Mapping[str, Any], seed: int) -> tuple[Prob
 
 def calibrate(module: Probe, batches: Iterable[Mapping[str, Any]]) -> None:
     """Measure the feature statistics on training batches; samples of weight 0 are left out."""
-    kept = (rows(batch, batch["weight"] > 0) for batch in batches)
+    kept = (kept_rows(batch, batch["weight"] > 0) for batch in batches)
     module.calibrate((b["tokens"].clone(), b["summary"].clone(), b["depth"]) for b in kept if len(b["depth"]))
-
-
-def rows(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
-    """The tensors of a batch at the samples where ``keep`` (B,) is true."""
-    return {name: value[keep] for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
 
 
 class Tally:
@@ -78,12 +112,14 @@ class Tally:
         self.samples = 0
 
     @torch.no_grad()
-    def update(self, module: nn.Module, role: RoleSpec, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def update(
+        self, module: nn.Module, role: RoleSpec, batch: Mapping[str, Any], received: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Add a batch; returns the predictions for its samples of weight above 0: depths in metres, class ids."""
-        batch = rows(batch, batch["weight"] > 0)
+        batch = kept_rows(batch, batch["weight"] > 0)
         if not len(batch["weight"]):
             return {}
-        for term, value in role.step(module, batch, {}).sums.items():
+        for term, value in role.step(module, batch, received or {}).sums.items():
             self.sums[term] += float(value)
         for term, count in role.counts(batch).items():
             self.counts[term] += count

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.evaluate import Survey, _beside_baselines, _knn, principal_colours
+from actors.recipes.probe_evaluation import Survey, _beside_baselines, _knn, principal_colours
 from services.contracts import PlanSample, ViewRole
 
 
