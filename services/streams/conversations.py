@@ -30,6 +30,7 @@ class ConversationSampler:
         unit: int,  # noqa: ARG002
         random: np.random.Generator,  # noqa: ARG002
         broken: frozenset[int] = frozenset(),  # noqa: ARG002
+        item: str = "",  # noqa: ARG002
     ) -> Draw:
         """All images in order."""
         from services.streams.sampling import Draw

@@ -21,16 +21,20 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from configs import ConfigError, RunConfig
+from models import draws
 from services.contracts import MicroBatch, PlanSample, Split, StepPlan
 from services.errors import DataError
 from services.streams.permutation import Permutation, key64, largest_remainder
-from services.streams.sampling import Pool, Sampler, sample_id, sampler
+from services.streams.sampling import PAIR_KINDS, Pool, Sampler, needs_pairs, sample_id, sampler
+
+if TYPE_CHECKING:
+    from services.data.pairs import PairIndex
 
 _VERSION = 1
 """Raised when the same configuration gives other samples; part of the digest."""
@@ -38,9 +42,12 @@ _VERSION = 1
 
 def generator(seed: int, step: int, sample_id: str, purpose: str) -> torch.Generator:
     """A CPU generator for one draw (noise, dropped condition, augmentation), keyed by all four arguments."""
-    made = torch.Generator()
-    made.manual_seed(key64("draw", seed, step, sample_id, purpose) >> 1)
-    return made
+    return draws.generator(draw_key(seed, step, sample_id), purpose)
+
+
+def draw_key(seed: int, step: int, sample_id: str) -> int:
+    """The key of all draws of a sample at a step: the column ``draw`` of a batch, for :mod:`models.draws`."""
+    return key64("draw", seed, step, sample_id) >> 1
 
 
 def check_world_size(micro_batch: int, world_size: int) -> None:
@@ -86,10 +93,10 @@ def _least_accumulation(quotas: Mapping[str, float]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _KindPlan:
-    """One kind: its pools by source, what each source gives an epoch, and its micro-batches in a step."""
+    """One kind: samplers and pools by source, what each source gives an epoch, and its micro-batches in a step."""
 
     name: str
-    sampler: Sampler
+    samplers: dict[str, Sampler]
     pools: dict[str, Pool]
     micro_batches: int
     drawn: dict[str, int]
@@ -100,7 +107,11 @@ class EpochPlan:
     """See the module. Cheap to make, to send and to ask; holds no paths and no pixels.
 
     ``complete`` (by default: whether ``split`` is not the training split) selects the pass over a whole split.
-    Raises ConfigError for quotas that cannot be met and DataError when the data do not fill one step.
+    ``pairs`` are the co-visibility indices by source (``services.data.pairs.open_pairs``), of which kinds made of pairs
+    keep the views; None reads the stored ones where such a kind is drawn.
+
+    Raises ConfigError for quotas that cannot be met and DataError when the data do not fill one step, or when there
+    is no index of pairs.
     """
 
     def __init__(
@@ -111,6 +122,7 @@ class EpochPlan:
         split: Split | str = Split.TRAIN,
         quarantine: frozenset[str] = frozenset(),
         complete: bool | None = None,
+        pairs: Mapping[str, PairIndex] | None = None,
     ) -> None:
         self.seed = config.seed
         self.split = Split(split)
@@ -120,15 +132,24 @@ class EpochPlan:
             raise ConfigError(f"trainer.micro_batch is {self.micro_batch}; a whole number >= 1 is allowed")
         self.kinds = micro_batch_kinds(config.recipe.quotas, config.trainer.accumulation)
         weights = {name: config.data.sources[name].weight for name in sorted(manifests)}
-        pools = {kind: self._pools(config, kind, manifests, weights, quarantine) for kind in sorted(set(self.kinds))}
+        indices = _indices(config, {name: manifests[name] for name in weights if weights[name] > 0}, pairs)
+        samplers = {
+            kind: {name: _sampler(kind, config, name, indices) for name in weights if weights[name] > 0}
+            for kind in sorted(set(self.kinds))
+        }
+        pools = {kind: self._pools(kind, manifests, made, quarantine, indices) for kind, made in samplers.items()}
         self.steps_per_epoch = self._count_steps(pools, weights)
         self._plans = {
             kind: _KindPlan(
-                kind, sampler(kind, config), by_source, self.kinds.count(kind), self._drawn(kind, by_source, weights)
+                kind,
+                {name: samplers[kind][name] for name in by_source},
+                by_source,
+                self.kinds.count(kind),
+                self._drawn(kind, by_source, weights),
             )
             for kind, by_source in pools.items()
         }
-        self.digest = self._digest(config, manifests, weights, quarantine)
+        self.digest = self._digest(config, manifests, weights, quarantine, indices)
 
     @property
     def samples(self) -> int:
@@ -170,25 +191,24 @@ class EpochPlan:
 
     def _pools(
         self,
-        config: RunConfig,
         kind: str,
         manifests: Mapping[str, Any],
-        weights: Mapping[str, float],
+        samplers: Mapping[str, Sampler],
         quarantine: frozenset[str],
+        indices: Mapping[str, PairIndex],
     ) -> dict[str, Pool]:
         """The non-empty pools of ``kind`` by source. DataError when there is none."""
-        made = sampler(kind, config)
         pools = {
             name: Pool.of(kind, name, manifests[name].of_split(self.split), made, quarantine)
-            for name in sorted(manifests)
-            if weights[name] > 0
+            for name, made in samplers.items()
         }
         filled = {name: pool for name, pool in pools.items() if len(pool)}
         if not filled:
+            lacks = [index.missing() for index in indices.values()] if kind in PAIR_KINDS else []
             raise DataError(
                 f"no samples of kind {kind!r} in split {self.split.value!r} of the sources {sorted(manifests)} "
-                f"(weights {dict(weights)}, {len(quarantine)} ids in quarantine); add a source that has some, or "
-                f"set recipe.quotas.{kind}=0"
+                f"(drawn from: {sorted(samplers)}, {len(quarantine)} ids in quarantine); add a source that has some, "
+                f"or set recipe.quotas.{kind}=0" + "".join(f"\n  {text}" for text in lacks if text)
             )
         return filled
 
@@ -220,9 +240,10 @@ class EpochPlan:
         manifests: Mapping[str, Any],
         weights: Mapping[str, float],
         quarantine: frozenset[str],
+        indices: Mapping[str, PairIndex],
     ) -> str:
         """Hex sha256 that names the samples of a run and their order."""
-        named = {
+        named: dict[str, Any] = {
             "version": _VERSION,
             "seed": self.seed,
             "split": self.split.value,
@@ -233,6 +254,8 @@ class EpochPlan:
             "sources": [[name, weights[name], manifests[name].digest] for name in sorted(manifests)],
             "quarantine": sorted(quarantine),
         }
+        if indices:
+            named["pairs"] = [[name, indices[name].digest] for name in sorted(indices)]
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
     # -- drawing --------------------------------------------------------------------------------------------
@@ -286,7 +309,8 @@ class EpochPlan:
         item = pool.ids[entry].as_py()
         seed = key64("sample", self.seed, epoch, plan.name, source, item, unit) >> 1
         random = np.random.default_rng(seed)
-        draw = plan.sampler.draw(int(pool.n_views[entry]), unit, random, pool.broken.get(entry, frozenset()))
+        broken = pool.broken.get(entry, frozenset())
+        draw = plan.samplers[source].draw(int(pool.n_views[entry]), unit, random, broken, item)
         return PlanSample(
             id=sample_id(source, item, plan.name, unit),
             source=source,
@@ -297,6 +321,28 @@ class EpochPlan:
             questions=draw.questions,
             length=int(pool.lengths[entry]),
         )
+
+
+def _indices(
+    config: RunConfig, manifests: Mapping[str, Any], pairs: Mapping[str, PairIndex] | None
+) -> dict[str, PairIndex]:
+    """The co-visibility index of every source that is drawn from; none when no kind is made of pairs."""
+    if not needs_pairs(config):
+        return {}
+    if pairs is None:
+        from services.data.pairs import stored_pairs
+
+        return stored_pairs(config, manifests)
+    absent = sorted(set(manifests) - set(pairs))
+    if absent:
+        raise DataError(f"there is no index of pairs of the sources {absent}; make it with `loom3d data pairs`")
+    return {name: pairs[name] for name in manifests}
+
+
+def _sampler(kind: str, config: RunConfig, source: str, indices: Mapping[str, PairIndex]) -> Sampler:
+    """The sampler of a kind for one source."""
+    index = indices.get(source)
+    return sampler(kind, config, None if index is None else {scene: index.of(scene) for scene in index.facts})
 
 
 def _steps_without_repetition(pools: Mapping[str, Pool], weights: Mapping[str, float], size: int) -> int:

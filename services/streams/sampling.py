@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -54,8 +55,10 @@ class Sampler(Protocol):
         """Units that cannot be made without one of the views ``broken``."""
         ...
 
-    def draw(self, n_views: int, unit: int, random: np.random.Generator, broken: frozenset[int] = _NONE) -> Draw:
-        """The content of unit ``unit`` of an entry with ``n_views`` views, without those in ``broken``."""
+    def draw(
+        self, n_views: int, unit: int, random: np.random.Generator, broken: frozenset[int] = _NONE, item: str = ""
+    ) -> Draw:
+        """The content of unit ``unit`` of the entry ``item`` with ``n_views`` views, without those in ``broken``."""
         ...
 
 
@@ -74,6 +77,7 @@ class ViewSampler:
         unit: int,
         random: np.random.Generator,  # noqa: ARG002
         broken: frozenset[int] = _NONE,  # noqa: ARG002
+        item: str = "",  # noqa: ARG002
     ) -> Draw:
         return Draw(views=(ViewRole(index=unit),))
 
@@ -93,6 +97,7 @@ class ItemSampler:
         unit: int,  # noqa: ARG002
         random: np.random.Generator,  # noqa: ARG002
         broken: frozenset[int] = _NONE,  # noqa: ARG002
+        item: str = "",  # noqa: ARG002
     ) -> Draw:
         return Draw(views=tuple(ViewRole(index=index) for index in range(n_views)))
 
@@ -131,7 +136,14 @@ class ViewSetSampler:
     def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: D102
         return [unit for unit in range(self.units(entry)) if not self._without(entry.n_views, unit, broken)]
 
-    def draw(self, n_views: int, unit: int, random: np.random.Generator, broken: frozenset[int] = _NONE) -> Draw:
+    def draw(
+        self,
+        n_views: int,
+        unit: int,
+        random: np.random.Generator,
+        broken: frozenset[int] = _NONE,
+        item: str = "",  # noqa: ARG002
+    ) -> Draw:
         """Size, interval, first frame and targets are drawn among those that fit into the scene.
 
         A set that would hold a broken view is drawn again, from all sets of the unit that hold none.
@@ -178,6 +190,52 @@ class ViewSetSampler:
         return min(size - 1, max(1, round(size * self.config.target_ratio)))
 
 
+class PairSampler:
+    """Two views of a scene that see the same things; the unit is the number of the pair in the scene's list.
+
+    Args:
+        pairs: item -> its pairs (P, 2) of views, int32.
+        ordered: give every pair twice, once in each order, as a context and a target (the unit's lowest bit says
+            which order); otherwise both views are context.
+    """
+
+    def __init__(self, pairs: Mapping[str, np.ndarray], *, ordered: bool) -> None:
+        self.orders = 2 if ordered else 1
+        filled = {item: views for item, views in pairs.items() if len(views)}
+        self._begin = dict(zip(filled, _begins(len(views) for views in filled.values()), strict=False))
+        self._count = {item: len(views) for item, views in filled.items()}
+        # One array, not one a scene: a plan with a million pairs is sent to every worker.
+        self._views = np.concatenate([np.zeros((0, 2), np.int32), *filled.values()]).astype(np.int32, copy=False)
+
+    def units(self, entry: EntryLike) -> int:  # noqa: D102
+        return self.orders * self._count.get(entry.id, 0)
+
+    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: D102
+        begin = self._begin.get(entry.id, 0)
+        views = self._views[begin : begin + self._count.get(entry.id, 0)]
+        gone = np.flatnonzero(np.isin(views, list(broken)).any(axis=1))
+        return (self.orders * gone[:, None] + np.arange(self.orders)).ravel().tolist()
+
+    def draw(  # noqa: D102
+        self,
+        n_views: int,  # noqa: ARG002
+        unit: int,
+        random: np.random.Generator,  # noqa: ARG002
+        broken: frozenset[int] = _NONE,  # noqa: ARG002
+        item: str = "",
+    ) -> Draw:
+        number, swapped = divmod(unit, self.orders)
+        first, second = self._views[self._begin[item] + number].tolist()
+        if self.orders == 1:
+            return Draw(views=(ViewRole(index=first), ViewRole(index=second)))
+        context, target = (second, first) if swapped else (first, second)
+        return Draw(views=(ViewRole(index=context), ViewRole(index=target, role=Role.TARGET)))
+
+
+def _begins(counts: Iterable[int]) -> Iterable[int]:
+    return accumulate(counts, initial=0)
+
+
 def _one_of(values: range, random: np.random.Generator) -> int:
     return int(random.integers(values.start, values.stop))
 
@@ -188,19 +246,34 @@ def _pair(values: list[int], key: str, least: int) -> tuple[int, int]:
     return values[0], values[1]
 
 
-#: Kind -> sampler. A later kind (pairs from a co-visibility index, questions, packed text) is one more line.
+#: Kind -> sampler, the same for all sources.
 SAMPLERS: dict[str, Callable[[RunConfig], Sampler]] = {
     "view": lambda _: ViewSampler(),
     "view_set": lambda config: ViewSetSampler(config.recipe.view_set),
     "item": lambda _: ItemSampler(),
     "conversation": lambda _: ConversationSampler(),
 }
+#: Kind -> whether the order of a pair counts. Their sampler is made for each source from its co-visibility index.
+PAIR_KINDS: dict[str, bool] = {"pair": False, "generation": True}
 
 
-def sampler(kind: str, config: RunConfig) -> Sampler:
-    """The sampler of ``kind``; ConfigError lists the kinds there are."""
+def needs_pairs(config: RunConfig) -> bool:
+    """Whether a kind of the recipe is drawn from the co-visibility index (``services.data.pairs``)."""
+    return any(share > 0 for kind, share in config.recipe.quotas.items() if kind in PAIR_KINDS)
+
+
+def sampler(kind: str, config: RunConfig, pairs: Mapping[str, np.ndarray] | None = None) -> Sampler:
+    """The sampler of ``kind``; ConfigError lists the kinds there are.
+
+    ``pairs`` (item -> views (P, 2)) is what one source has of them; a kind made of pairs needs it.
+    """
+    if kind in PAIR_KINDS:
+        if pairs is None:
+            raise ValueError(f"the kind {kind!r} is drawn from pairs of views; give those of the source")
+        return PairSampler(pairs, ordered=PAIR_KINDS[kind])
     if kind not in SAMPLERS:
-        raise ConfigError(f"recipe.quotas names the kind {kind!r}; allowed are {sorted(SAMPLERS)}")
+        allowed = sorted({*SAMPLERS, *PAIR_KINDS})
+        raise ConfigError(f"recipe.quotas names the kind {kind!r}; allowed are {allowed}")
     return SAMPLERS[kind](config)
 
 

@@ -292,7 +292,9 @@ def test_quotas_that_cannot_be_met_name_the_key_and_what_would_do() -> None:
 
 def test_errors_name_what_to_change() -> None:
     rooms = {"rooms": scenes("rooms", [3])}
-    with pytest.raises(ConfigError, match=r"'views'.*allowed are \['item', 'view', 'view_set'\]"):
+    with pytest.raises(
+        ConfigError, match=r"'views'.*allowed are \['conversation', 'generation', 'item', 'pair', 'view', 'view_set'\]"
+    ):
         EpochPlan(config_of({"rooms": 1.0}, {"views": 1.0}), rooms)
     with pytest.raises(DataError, match=r"draws 4 samples.*lower trainer\.micro_batch"):
         EpochPlan(config_of({"rooms": 1.0}), rooms)
