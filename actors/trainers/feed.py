@@ -12,20 +12,25 @@ from services.data.manifest import Manifest
 from services.features.client import FeatureClient
 from services.features.store import FeatureStore
 from services.streams.collate import Collate
+from services.streams.columns import Texts, column_specs, open_texts
+from services.streams.inputs import Inputs, kind_inputs, recipe_roles, used_encoders, wanted_kinds
 from services.streams.ledger import Ledger, read_quarantine
-from services.streams.loader import Loader, Steps, column_specs
+from services.streams.loader import Loader, Steps
 from services.streams.plan import EpochPlan
 from services.streams.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """Where samples come from in this process."""
+    """Where samples come from in this process, as one role of the run reads them."""
 
     config: RunConfig
     manifests: Mapping[str, Manifest]
     client: FeatureClient
+    inputs: Inputs
+    """By kind, the encoders, targets and text that this role reads."""
     targets: Targets
+    texts: Texts | None
     columns: Mapping[str, Mapping[str, TensorSpec]]
     """By kind, the columns of a batch, so that even a first micro-batch without a good sample has its shapes."""
     quarantine: frozenset[str] = frozenset()
@@ -37,21 +42,29 @@ class Feed:
         manifests: Mapping[str, Manifest],
         client: FeatureClient,
         store: FeatureStore | None = None,
+        *,
+        role: str = "",
     ) -> Feed:
-        """Read the quarantine list and prepare the targets, kept in ``store`` where there is one.
+        """Read the quarantine list and prepare targets and text; maps are kept in ``store`` where there is one.
 
-        Features and targets are pinned from here on: what a live run rereads is not evicted by another. Close it.
+        ``role`` is by default the recipe's only, or first, one. Features and targets are pinned from here on: what a
+        live run rereads is not evicted by another. Close it.
         """
         quarantine = read_quarantine(config.data.quarantine)
-        features = config.recipe.features
-        client.pin(features)
-        targets = Targets(config, manifests, store=store)
+        role = role or recipe_roles(config)[0]
+        inputs = {kind: made for kind, made in kind_inputs(config, role).items() if kind in wanted_kinds(config)}
+        for name in used_encoders(config, role):
+            client.pin(name)
+        texts = open_texts(config, inputs, client.outputs, manifests)
+        targets = Targets(config, manifests, store=store, inputs=inputs)
         return cls(
             config=config,
             manifests=manifests,
             client=client,
+            inputs=inputs,
             targets=targets,
-            columns=column_specs(config, client.outputs(features), targets),
+            texts=texts,
+            columns=column_specs(config, inputs, client.outputs, targets=targets, texts=texts),
             quarantine=quarantine,
         )
 
@@ -86,6 +99,8 @@ class Feed:
             stop_step=plan.steps_per_epoch if stop is None else stop,
             collate=Collate(self.columns),
             targets=self.targets,
+            inputs=self.inputs,
+            texts=self.texts,
             steps=steps,
             ledger=ledger,
         )

@@ -265,7 +265,7 @@ class Probe:
         with self.client(self.store) as client:
             self.epoch(client)
             self.store.open(client.sink.model("features").identity()).flush()
-            self.store.open(self.targets.identity()).flush()
+            self.targets.flush()
             yield client
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from models.spec import TensorSpec
 from services.contracts import PlanSample, Record, Tensor
 from services.errors import DataError
+from services.streams.inputs import view_axes
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
@@ -27,9 +28,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 """Logical dtype of a record -> dtype of the column."""
-
-FIXED_KINDS = frozenset({"view"})
-"""Kinds whose samples are one view; those of the others have a ragged first axis, the views."""
 
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Values are copied as bits, whatever they mean; numpy has no bfloat16."""
@@ -62,7 +60,9 @@ class Collate:
 
     ``specs`` gives, by kind, shapes (None: ragged) and dtypes of the columns known beforehand, such as an encoder's
     ``outputs()``; where it is silent, shapes are those of the last good sample of the same kind. A ragged column
-    is padded with zeros to the longest and comes with ``<name>_lengths``, int64 (B, number of ragged axes).
+    is padded with zeros to the longest and comes with ``<name>_lengths``, int64 (B, number of ragged axes). Kinds
+    with a fixed number of views (view, pair, generation) have every column in every sample; of the others a sample
+    may lack columns, and then has length 0 there.
     """
 
     def __init__(self, specs: Mapping[str, Mapping[str, TensorSpec]] | None = None) -> None:
@@ -99,8 +99,9 @@ class Collate:
     ) -> dict[str, TensorSpec]:
         """Name -> shape and dtype of this batch's columns."""
         good = {s.id: record for s, record in zip(samples, records, strict=True) if record is not None}
+        given, ragged = self._given.get(kind, {}), view_axes(kind) == (None,)
         if not good:
-            known = self._seen.get(kind) or dict(self._given.get(kind, {}))
+            known = {**given, **self._seen.get(kind, {})}
             if not known:
                 raise DataError(
                     f"all {len(samples)} samples of the first micro-batch of kind {kind!r} are broken "
@@ -108,14 +109,16 @@ class Collate:
                     "like; check the data with `loom3d data check`"
                 )
             return known
-        given = self._given.get(kind, {})
-        columns: dict[str, TensorSpec] = {}
-        for name in dict.fromkeys(name for record in good.values() for name in record):
+        # Declared columns are there even where no sample has them: a batch of texts has no picture.
+        columns: dict[str, TensorSpec] = dict(given)
+        for name in dict.fromkeys((*given, *(name for record in good.values() for name in record))):
             found = {sample: record[name] for sample, record in good.items() if name in record}
             missing = [sample for sample in good if sample not in found]
-            if missing and kind in FIXED_KINDS:
-                raise DataError(f"{missing[0]} has no tensor {name!r}, {next(iter(found))} has one")
-            columns[name] = _spec(name, found, given.get(name), ragged=kind not in FIXED_KINDS)
+            if missing and not ragged:
+                has = f"{next(iter(found))} has one" if found else "its kind declares one"
+                raise DataError(f"{missing[0]} has no tensor {name!r}, {has}")
+            if found:
+                columns[name] = _spec(name, found, given.get(name), ragged=ragged)
         self._seen[kind] = columns
         return columns
 

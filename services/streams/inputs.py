@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from configs import ConfigError, RunConfig
+from configs.validate import ROLES
 
 ALL, CONTEXT, TARGET = "all", "context", "target"
+
+_VIEW_AXES: Mapping[str, tuple[int | None, ...]] = {"view": (), "pair": (2,), "generation": (2,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,12 @@ class FeatureInput:
     instead: str = ""
     """Another encoder with the same outputs that takes this one's place for a share of the samples; "" for none."""
     share: float = 0.0
-    """That share; which samples it meets follows from the sample's seed."""
+    """That share; which samples it meets follows from the sample's seed, and so changes from epoch to epoch."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Every encoder that may be asked."""
+        return (self.encoder, self.instead) if self.instead and self.share > 0 else (self.encoder,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +50,153 @@ class KindInputs:
     size: tuple[int, int] = (0, 0)
     """(height, width) at which pictures and targets are cut and resized."""
     text: bool = False
-    """Token columns of the conversation: input_ids, labels."""
+    """Token columns of the conversation: input_ids, supervised."""
 
 
 Inputs = Mapping[str, KindInputs]
 """Kind -> what it is made of."""
 
 
+def view_axes(kind: str) -> tuple[int | None, ...]:
+    """The axes that count views in a column of ``kind``: none, a fixed number, or any number (None)."""
+    return _VIEW_AXES.get(kind, (None,))
+
+
+def _encoder_size(config: RunConfig, name: str) -> tuple[int, int]:
+    """(height, width) of what encoder ``name`` reads. ConfigError when there is none of that name."""
+    if name not in config.encoders:
+        raise ConfigError(
+            f"recipe {config.recipe.name} reads encoders.{name}, which there is not; the config has "
+            f"{sorted(config.encoders)}: describe it with encoders.{name}.family and encoders.{name}.weights"
+        )
+    return config.encoders[name].height, config.encoders[name].width
+
+
 def _probe(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
     name = config.recipe.features
-    encoder = config.encoders[name]
-    feature = FeatureInput(encoder=name, columns={"tokens": "tokens", "summary": "summary"}, stacked=False)
-    view = KindInputs(
-        features=(feature,), targets=("depth", "labels", "scene_type"), size=(encoder.height, encoder.width)
-    )
-    return {"view": view}
+    size, columns = _encoder_size(config, name), {"tokens": "tokens", "summary": "summary"}
+    targets = ("depth", "labels", "scene_type")
+    sets = FeatureInput(encoder=name, columns=columns)
+    view = FeatureInput(encoder=name, columns=columns, stacked=False)
+    return {
+        "view": KindInputs(features=(view,), targets=targets, size=size),
+        "view_set": KindInputs(features=(sets,), targets=targets, size=size),
+        "item": KindInputs(features=(sets,), size=size),
+    }
+
+
+_PAIR_TARGETS = ("image", "depth", "camera", "matches")
+
+
+def _uniugg_encoder(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
+    """P1: pictures for the student, the teacher's features to compare with, geometry for pairs alone."""
+    size, columns = _encoder_size(config, "teacher"), {"tokens": "teacher_tokens", "summary": "teacher_summary"}
+    teacher = FeatureInput(encoder="teacher", columns=columns)
+    one = FeatureInput(encoder="teacher", columns=columns, stacked=False)
+    return {
+        "pair": KindInputs(features=(teacher,), targets=_PAIR_TARGETS, size=size),
+        "view": KindInputs(features=(one,), targets=("image",), size=size),
+        "item": KindInputs(features=(teacher,), targets=("image",), size=size),
+    }
+
+
+def _uniugg_vae(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
+    """P2: both views' tokens of the frozen ViT, and what the spatial losses compare with."""
+    vit = FeatureInput(encoder="vit", columns={"tokens": "tokens"})
+    return {"pair": KindInputs(features=(vit,), targets=_PAIR_TARGETS, size=_encoder_size(config, "vit"))}
+
+
+def _conversation(config: RunConfig) -> KindInputs:
+    """Image tokens and text; a share of the conversations sees what the VAE makes of the tokens."""
+    size, share = _encoder_size(config, "vit"), config.recipe.uniugg.reconstruction_share
+    instead = "reconstruction" if share > 0 and config.recipe.name in _WITH_VAE else ""
+    if instead:
+        _encoder_size(config, instead)
+    vit = FeatureInput(encoder="vit", columns={"tokens": "tokens"}, instead=instead, share=share if instead else 0.0)
+    return KindInputs(features=(vit,), size=size, text=True)
+
+
+_WITH_VAE = frozenset({"uniugg_joint", "uniugg_finetune"})
+"""Recipes that come after the VAE was trained and build on it."""
+
+
+def _reference(config: RunConfig, *more: FeatureInput) -> KindInputs:
+    """A generation sample as the LLM reads it: the context view's tokens, both cameras, the prompt."""
+    context = FeatureInput(encoder="vit", columns={"tokens": "tokens"}, views=CONTEXT, stacked=False)
+    scaled = config.recipe.uniugg.translation_scale == "depth"
+    targets = ("camera", "depth") if scaled else ("camera",)
+    return KindInputs(features=(context, *more), targets=targets, size=_encoder_size(config, "vit"), text=True)
+
+
+def _uniugg_align(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
+    return {"conversation": _conversation(config)}
+
+
+def _uniugg_joint(config: RunConfig, role: str) -> dict[str, KindInputs]:
+    """P3, stages ii and iii: the reference goes through the LLM, the target is what the diffusion learns."""
+    if role == "llm":
+        return {"generation": _reference(config), "conversation": _conversation(config)}
+    _encoder_size(config, "vae")
+    target = FeatureInput(encoder="vae", columns={"mean": "mean", "logvar": "logvar"}, views=TARGET, stacked=False)
+    return {"generation": KindInputs(features=(target,), size=_encoder_size(config, "vit"))}
+
+
+def _uniugg_direct(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
+    """The variant without VAE and diffusion: the LLM regresses the target view's tokens."""
+    target = FeatureInput(encoder="vit", columns={"tokens": "target_tokens"}, views=TARGET, stacked=False)
+    return {"generation": _reference(config, target), "conversation": _conversation(config)}
 
 
 #: Recipe -> (config, role) -> inputs by kind.
-INPUTS: dict[str, Callable[[RunConfig, str], dict[str, KindInputs]]] = {"probe": _probe}
+INPUTS: dict[str, Callable[[RunConfig, str], dict[str, KindInputs]]] = {
+    "probe": _probe,
+    "uniugg_encoder": _uniugg_encoder,
+    "uniugg_vae": _uniugg_vae,
+    "uniugg_align": _uniugg_align,
+    "uniugg_joint": _uniugg_joint,
+    "uniugg_finetune": _uniugg_joint,
+    "uniugg_direct": _uniugg_direct,
+}
 
 
-def kind_inputs(config: RunConfig, role: str) -> Inputs:
-    """What every kind of the recipe is made of for ``role``. ConfigError for a recipe without a declaration."""
+def recipe_roles(config: RunConfig) -> tuple[str, ...]:
+    """Roles of the recipe; those of ``cluster.roles`` for one that no table names."""
+    return ROLES.get(config.recipe.name) or tuple(config.cluster.roles)
+
+
+def kind_inputs(config: RunConfig, role: str = "") -> Inputs:
+    """What every kind of the recipe is made of for ``role`` (by default the recipe's only, or first, role).
+
+    ConfigError for a recipe without a declaration, or for an encoder that is not described.
+    """
     if config.recipe.name not in INPUTS:
         raise ConfigError(f"recipe.name={config.recipe.name!r} declares no inputs; there are {sorted(INPUTS)}")
-    return INPUTS[config.recipe.name](config, role)
+    return INPUTS[config.recipe.name](config, role or recipe_roles(config)[0])
+
+
+def wanted_kinds(config: RunConfig) -> tuple[str, ...]:
+    """Kinds that ``recipe.quotas`` gives a share, sorted. ConfigError when no role of the recipe reads one of them."""
+    wanted = tuple(sorted(kind for kind, share in config.recipe.quotas.items() if share > 0))
+    known = {kind for role in recipe_roles(config) for kind in kind_inputs(config, role)}
+    for kind in wanted:
+        if kind not in known:
+            raise ConfigError(
+                f"recipe.quotas gives {kind!r} a share, which recipe {config.recipe.name} does not read; it reads "
+                f"{sorted(known)}"
+            )
+    return wanted
+
+
+def used_encoders(config: RunConfig, role: str | None = None) -> tuple[str, ...]:
+    """Keys under ``encoders`` that the run asks for, of one role or (None) of all, each once, in order of first use.
+
+    Those that they read from in turn are not among them.
+    """
+    wanted = wanted_kinds(config)
+    names: dict[str, None] = {}
+    for name in recipe_roles(config) if role is None else (role,):
+        inputs = kind_inputs(config, name)
+        for kind in wanted:
+            for feature in inputs[kind].features if kind in inputs else ():
+                names |= dict.fromkeys(feature.encoders)
+    return tuple(names)

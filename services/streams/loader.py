@@ -6,6 +6,7 @@ before the step is handed out, so that what turned out broken is known before th
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -15,19 +16,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from configs import RunConfig
-from models.encoders.base import InputKind
-from models.encoders.families import input_kind
-from models.spec import TensorSpec
-from services.contracts import FeatureKey, FeatureRequest, Lookups, MicroBatch, PlanSample, Record, Tensor
+from services.contracts import FeatureKey, FeatureRequest, Lookups, MicroBatch, PlanSample, Record
 from services.errors import CacheError, DataError
-from services.streams.collate import FIXED_KINDS, Collate, Slot
+from services.streams.collate import Collate, Slot
+from services.streams.inputs import Inputs, kind_inputs
 from services.streams.ledger import Ledger
-from services.streams.plan import EpochPlan, check_world_size
-from services.streams.requests import sample_requests
+from services.streams.plan import EpochPlan, check_world_size, draw_key
+from services.streams.requests import ColumnRequests, column_requests
 from services.streams.rows import PlannedStep
 from services.streams.targets import Targets
 from services.telemetry import events
@@ -41,6 +39,14 @@ class Client(Protocol):
     ) -> list[Record | BaseException]: ...
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None: ...  # noqa: D102
     def passed(self, step: int) -> None: ...  # noqa: D102
+
+
+class Texts(Protocol):
+    """Reader of text columns; :class:`services.streams.columns.Texts` is one."""
+
+    def get(self, samples: Sequence[PlanSample]) -> list[Record | DataError]:
+        """Token columns of every sample, in order; a DataError for one that cannot be tokenised."""
+        ...
 
 
 class Steps(Protocol):
@@ -70,6 +76,8 @@ class PlanSteps:
 class LoadedMicroBatch:
     """A rank's part of a micro-batch. The tensors live in the loader's buffers: see :class:`Loader`."""
 
+    index: int
+    """Its place among all micro-batches of the step, those that this role does not read among them."""
     kind: str
     batch: dict[str, Any]
     samples: tuple[PlanSample, ...]
@@ -111,6 +119,9 @@ class Loader:
         config: the run; ``trainer.prefetch_steps`` steps are prepared ahead.
         steps: planned steps of this rank as a stream delivers them; by default read from the plan.
         targets: reader of targets; None for batches of features alone.
+        inputs: what kinds are made of, by default as the recipe's first role reads them; micro-batches of other
+            kinds are left out.
+        texts: reader of text columns; None where no kind has text.
         ledger: where broken samples are recorded and counted; None for nowhere.
         reuse: whether buffers are used again.
     """
@@ -129,6 +140,8 @@ class Loader:
         collate: Collate | None = None,
         steps: Steps | None = None,
         targets: Targets | None = None,
+        inputs: Inputs | None = None,
+        texts: Texts | None = None,
         ledger: Ledger | None = None,
         reuse: bool = True,
     ) -> None:
@@ -138,10 +151,13 @@ class Loader:
         self._config = config
         self._collate = collate or Collate()
         self._targets = targets
+        self._inputs = kind_inputs(config) if inputs is None else inputs
+        self._texts = texts
+        self._seed = plan.seed
         self._ledger = ledger
         self._reuse = reuse
         self._steps = steps or PlanSteps(plan, rank, world_size, start_step, stop_step)
-        self._wanted: dict[tuple[int, str], list[FeatureRequest] | DataError] = {}
+        self._wanted: dict[tuple[int, str], list[ColumnRequests] | DataError] = {}
         self._lookups = Lookups()
         self._expected = start_step
         self._stop_step = stop_step
@@ -218,15 +234,20 @@ class Loader:
         if planned.plan.step < self._expected - 1:
             return
         requests: list[FeatureRequest] = []
-        for batch in planned.plan.micro_batches:
+        for batch in self._mine(planned):
             for sample in batch.samples:
                 self._wanted[planned.plan.step, sample.id] = found = self._requests(sample)
-                requests.extend([] if isinstance(found, DataError) else found)
+                if not isinstance(found, DataError):
+                    requests.extend(request for column in found for request in column.requests)
         self._client.prefetch(requests, planned.plan.step)
 
-    def _requests(self, sample: PlanSample) -> list[FeatureRequest] | DataError:
+    def _mine(self, planned: PlannedStep) -> list[MicroBatch]:
+        """The micro-batches of kinds that this role reads."""
+        return [batch for batch in planned.plan.micro_batches if batch.kind in self._inputs]
+
+    def _requests(self, sample: PlanSample) -> list[ColumnRequests] | DataError:
         try:
-            return sample_requests(sample, self._manifests[sample.source], self._config)
+            return column_requests(sample, self._manifests[sample.source], self._config, self._inputs)
         except DataError as error:
             return error
 
@@ -235,7 +256,7 @@ class Loader:
         self._lookups = Lookups()
         broken: dict[str, str] = {}
         micro_batches = [
-            self._micro_batch(batch, plan.step, planned.keys, slot, broken) for batch in plan.micro_batches
+            self._micro_batch(batch, plan.step, planned.keys, slot, broken) for batch in self._mine(planned)
         ]
         if broken and self._ledger is not None:
             self._ledger.add(broken, plan.step)
@@ -256,9 +277,15 @@ class Loader:
     def _micro_batch(
         self, batch: MicroBatch, step: int, keys: Mapping[str, Sequence[FeatureKey]], slot: Slot, broken: dict[str, str]
     ) -> LoadedMicroBatch:
-        records = self._records(batch.samples, step, keys, broken)
-        columns = self._collate(batch.kind, batch.samples, records, slot, prefix=f"{batch.index}.")
+        draws = [draw_key(self._seed, step, sample.id) for sample in batch.samples]
+        records = self._records(batch.samples, draws, step, keys, broken)
+        prefix = f"{batch.index}."
+        columns = self._collate(batch.kind, batch.samples, records, slot, prefix=prefix)
+        columns["kind"] = batch.kind
+        columns["draw"] = slot.take(f"{prefix}draw", (len(draws),), torch.int64)
+        columns["draw"].copy_(torch.tensor(draws, dtype=torch.int64))
         return LoadedMicroBatch(
+            index=batch.index,
             kind=batch.kind,
             batch=columns,
             samples=batch.samples,
@@ -266,99 +293,82 @@ class Loader:
         )
 
     def _records(
-        self, samples: Sequence[PlanSample], step: int, keys: Mapping[str, Sequence[FeatureKey]], broken: dict[str, str]
+        self,
+        samples: Sequence[PlanSample],
+        draws: Sequence[int],
+        step: int,
+        keys: Mapping[str, Sequence[FeatureKey]],
+        broken: dict[str, str],
     ) -> list[Record | None]:
-        """Features and targets of each sample; None where one of them is broken, with the reason in ``broken``."""
+        """Features, targets and text of each sample; None where one is broken, with the reason in ``broken``."""
         good = self._features(samples, step, keys, broken)
         if self._targets is not None:
-            left = [sample for sample in samples if sample.id in good]
-            for sample, targets in zip(left, self._targets.get(left), strict=True):
-                if isinstance(targets, DataError):
-                    broken[sample.id] = str(targets)
-                    del good[sample.id]
-                else:
-                    good[sample.id] = {**good[sample.id], **targets}
+            left = [(sample, draw) for sample, draw in zip(samples, draws, strict=True) if sample.id in good]
+            found = self._targets.get([sample for sample, _ in left], [draw for _, draw in left])
+            _add(good, [sample for sample, _ in left], found, broken)
+        if self._texts is not None:
+            readers = [sample for sample in samples if sample.id in good and self._inputs[sample.kind].text]
+            _add(good, readers, self._texts.get(readers), broken)
         return [good.get(sample.id) for sample in samples]
 
     def _features(
         self, samples: Sequence[PlanSample], step: int, keys: Mapping[str, Sequence[FeatureKey]], broken: dict[str, str]
     ) -> dict[str, Record]:
         """Sample id -> features, for the samples that are not broken. One call to the client for all of them."""
-        wanted: dict[str, list[FeatureRequest]] = {}
+        wanted: dict[str, list[ColumnRequests]] = {}
         for sample in samples:
-            requests = self._wanted.pop((step, sample.id), None) or self._requests(sample)
+            requests = self._wanted.pop((step, sample.id), None)
+            if requests is None:
+                requests = self._requests(sample)
             if isinstance(requests, DataError):
                 broken[sample.id] = str(requests)
             else:
                 wanted[sample.id] = requests
         _check_keys(wanted, keys)
-        flat = [request for requests in wanted.values() for request in requests]
+        flat = [request for columns in wanted.values() for column in columns for request in column.requests]
         answers = iter(self._client.get(flat, step, self._lookups) if flat else ())
         good: dict[str, Record] = {}
-        for sample in samples:
-            mine = [next(answers) for _ in wanted.get(sample.id, ())]
-            records: list[Record] = []
-            for answer in mine:
-                if isinstance(answer, DataError):
-                    broken.setdefault(sample.id, str(answer))
-                elif isinstance(answer, BaseException):
-                    raise answer
-                else:
-                    records.append(answer)
-            if sample.id not in broken:
-                stacked = stacks_views(sample.kind, wanted[sample.id])
-                good[sample.id] = _stack(records) if stacked else records[0]
+        for sample_id, columns in wanted.items():
+            record: Record = {}
+            for column in columns:
+                mine: list[Record] = []
+                for answer in itertools.islice(answers, len(column.requests)):
+                    if isinstance(answer, DataError):
+                        broken.setdefault(sample_id, str(answer))
+                    elif isinstance(answer, BaseException):
+                        raise answer
+                    else:
+                        mine.append(answer)
+                if sample_id not in broken:
+                    record |= column.record(mine)
+            if sample_id not in broken:
+                good[sample_id] = record
         return good
 
 
-def column_specs(
-    config: RunConfig, outputs: Mapping[str, TensorSpec], targets: Targets | None
-) -> dict[str, dict[str, TensorSpec]]:
-    """Columns of each kind of the recipe, for :class:`Collate`, from the encoder's ``outputs()`` and the targets.
-
-    With them even a first micro-batch that is broken as a whole has its shapes.
-    """
-    name = config.recipe.features
-    while config.encoders[name].upstream:
-        name = config.encoders[name].upstream
-    alone = input_kind(config.encoders[name].family) is InputKind.IMAGE
-    specs = {}
-    for kind in sorted(kind for kind, share in config.recipe.quotas.items() if share > 0):
-        stacked = alone and kind not in FIXED_KINDS
-        features = {
-            name: TensorSpec(shape=(None, *spec.shape), dtype=spec.dtype) if stacked else spec
-            for name, spec in outputs.items()
-        }
-        specs[kind] = {**features, **({} if targets is None else targets.specs(kind))}
-    return specs
+def _add(
+    good: dict[str, Record],
+    samples: Sequence[PlanSample],
+    found: Sequence[Record | DataError],
+    broken: dict[str, str],
+) -> None:
+    """Join what was ``found`` of each sample to its record; a sample of which something is broken is no longer good."""
+    for sample, answer in zip(samples, found, strict=True):
+        if isinstance(answer, DataError):
+            broken[sample.id] = str(answer)
+            del good[sample.id]
+        else:
+            good[sample.id] |= answer
 
 
-def stacks_views(kind: str, requests: Sequence[FeatureRequest]) -> bool:
-    """Whether a sample's record has the views as its first axis: all kinds but ``view``, unless one request named
-    all views because the encoder reads them together (it then has roles).
-    """
-    if kind in FIXED_KINDS:
-        return False
-    base = next(iter(requests), None)
-    while base is not None and base.upstream is not None:
-        base = base.upstream
-    return base is None or not base.roles
-
-
-def _stack(records: Sequence[Record]) -> Record:
-    """Records of single views -> one record with the views as the first axis; empty for a sample without views."""
-    names = records[0] if records else {}
-    return {
-        name: Tensor(data=np.stack([record[name].data for record in records]), dtype=records[0][name].dtype)
-        for name in names
-    }
-
-
-def _check_keys(wanted: Mapping[str, Sequence[FeatureRequest]], keys: Mapping[str, Sequence[FeatureKey]]) -> None:
+def _check_keys(wanted: Mapping[str, Sequence[ColumnRequests]], keys: Mapping[str, Sequence[FeatureKey]]) -> None:
     """Whoever asked the service for these samples must have meant the same content as this rank."""
-    for sample_id, requests in wanted.items():
-        planned, here = keys.get(sample_id), [request.key for request in requests]
-        if planned is not None and list(planned) != here:
+    for sample_id, columns in wanted.items():
+        planned = keys.get(sample_id)
+        if planned is None:
+            continue
+        here = [request.key for column in columns for request in column.requests]
+        if list(planned) != here:
             raise CacheError(
                 f"{sample_id}: its content on this machine has the keys {[key.hex() for key in here]}, where the "
                 f"plan's rows were made {[key.hex() for key in planned]}; the copies of the data differ, index the "

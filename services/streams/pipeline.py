@@ -26,6 +26,7 @@ from services.contracts import FeatureKey, StepPlan
 from services.errors import DataError, DeadlineError
 from services.runtime import calls
 from services.streams import rows
+from services.streams.inputs import kind_inputs
 from services.streams.plan import EpochPlan, check_world_size
 from services.streams.requests import sample_requests
 from services.streams.rows import PlannedStep
@@ -42,12 +43,13 @@ KeysOf = Callable[[StepPlan], Mapping[str, tuple[FeatureKey, ...]]]
 
 
 class FeatureKeys:
-    """The keys that the ranks will ask the feature service for, from this machine's manifests."""
+    """The keys that the ranks of a role will ask the feature service for, from this machine's manifests."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, role: str = "") -> None:
         from services.data.sources import open_sources
 
         self._config = config
+        self._inputs = kind_inputs(config, role)
         self._manifests = open_sources(config, revalidate=False)
 
     def __call__(self, plan: StepPlan) -> Mapping[str, tuple[FeatureKey, ...]]:
@@ -56,7 +58,7 @@ class FeatureKeys:
         for batch in plan.micro_batches:
             for sample in batch.samples:
                 try:
-                    requests = sample_requests(sample, self._manifests[sample.source], self._config)
+                    requests = sample_requests(sample, self._manifests[sample.source], self._config, self._inputs)
                 except DataError:
                     continue  # the rank that gets this sample finds it broken, says why and records it
                 found[sample.id] = tuple(request.key for request in requests)
@@ -248,9 +250,11 @@ def start_feed(
     start_step: int,
     stop_step: int,
     world_size: int = 1,
+    role: str = "",
     make_keys: Callable[[], KeysOf] | None = None,
 ) -> Any:
-    """Start the pipeline of a role; returns the handle that every rank gives to :class:`PlanStream`.
+    """Start the pipeline of a role (by default the recipe's only, or first, one); returns the handle that every rank
+    gives to :class:`PlanStream`.
 
     Call it in one process of the role (rank 0 of a worker group, or the driver) and hand the handle to the others;
     the feed ends with the process that started it, so a restarted group starts a new one at its own step.
@@ -269,7 +273,7 @@ def start_feed(
         world_size,
         config.trainer.lookahead_steps,
         deadline(config),
-        make_keys or functools.partial(FeatureKeys, config),
+        make_keys or functools.partial(FeatureKeys, config, role),
     )
 
 

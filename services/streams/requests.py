@@ -1,19 +1,97 @@
-"""What a planned sample needs of the recipe's encoder."""
+"""What a planned sample needs of the recipe's encoders."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from configs import RunConfig
-from services.contracts import FeatureRequest, PlanSample
-from services.features.requests import feature_requests
+from models.encoders.base import InputKind
+from models.encoders.families import input_kind
+from services.contracts import FeatureRequest, PlanSample, Record, Role, Tensor, ViewRole
+from services.errors import DataError
+from services.features.requests import encoder_config, feature_requests
+from services.streams.inputs import ALL, FeatureInput, Inputs, kind_inputs, view_axes
+from services.streams.permutation import key64
 
 
-def sample_requests(sample: PlanSample, manifest: Any, config: RunConfig) -> list[FeatureRequest]:
-    """Requests to the encoder ``recipe.features``, in the order of the views; none for a sample without pictures.
+@dataclass(frozen=True, slots=True)
+class ColumnRequests:
+    """Requests for the columns of one :class:`FeatureInput` of a sample, in the order of the views."""
 
-    DataError when the sample names views that its scene does not have.
+    feature: FeatureInput
+    requests: list[FeatureRequest]
+    stacked: bool
+
+    def record(self, answers: list[Record]) -> Record:
+        """The columns, from the records of the requests."""
+        if not self.stacked:
+            (record,) = answers
+            return {column: record[name] for name, column in self.feature.columns.items() if name in record}
+        return {
+            column: Tensor(data=np.stack([record[name].data for record in answers]), dtype=answers[0][name].dtype)
+            for name, column in self.feature.columns.items()
+            if name in answers[0]
+        }
+
+
+def column_requests(sample: PlanSample, manifest: Any, config: RunConfig, inputs: Inputs) -> list[ColumnRequests]:
+    """What ``sample`` needs of each encoder that its kind reads; nothing for a kind that ``inputs`` does not declare,
+    and nothing of an encoder for a sample without pictures.
+
+    DataError when the sample names views that its scene does not have, or has none of the role that is read.
     """
-    if not sample.views:
-        return []
-    return feature_requests(sample, manifest, config.recipe.features, config)
+    found: list[ColumnRequests] = []
+    for feature in inputs[sample.kind].features if sample.kind in inputs else ():
+        views = role_views(sample, feature.views)
+        if not sample.views and view_axes(sample.kind) == (None,):
+            continue
+        if not views or (not feature.stacked and len(views) != 1):
+            allowed = "at least one" if feature.stacked else "exactly one"
+            raise DataError(
+                f"sample {sample.id!r} has {len(views)} views of role {feature.views!r} where encoder "
+                f"{feature.encoder!r} reads {allowed}; its roles are {[view.role.value for view in sample.views]}"
+            )
+        part = sample if len(views) == len(sample.views) else dataclasses.replace(sample, views=views)
+        name = chosen_encoder(feature, sample)
+        requests = feature_requests(part, manifest, name, config)
+        found.append(ColumnRequests(feature, requests, feature.stacked and reads_one_by_one(name, config)))
+    return found
+
+
+def sample_requests(
+    sample: PlanSample, manifest: Any, config: RunConfig, inputs: Inputs | None = None
+) -> list[FeatureRequest]:
+    """All requests of a sample, in the order of the columns' encoders and then of the views; see
+    :func:`column_requests`. ``inputs`` defaults to those of the recipe's first role.
+    """
+    declared = kind_inputs(config) if inputs is None else inputs
+    return [request for found in column_requests(sample, manifest, config, declared) for request in found.requests]
+
+
+def role_views(sample: PlanSample, views: str) -> tuple[ViewRole, ...]:
+    """The views of a sample that have the role ``views`` (all | context | target)."""
+    return sample.views if views == ALL else tuple(view for view in sample.views if view.role is Role(views))
+
+
+def chosen_encoder(feature: FeatureInput, sample: PlanSample) -> str:
+    """The encoder that ``sample`` is read with: for the declared share of the samples the one that takes its place.
+
+    The choice is a function of the sample's seed, which differs in every epoch, so it is the same on every rank and
+    after a resume, and nobody needs to store it.
+    """
+    if not feature.instead or feature.share <= 0:
+        return feature.encoder
+    drawn = key64("instead", sample.seed, feature.encoder) / 2**64
+    return feature.instead if drawn < feature.share else feature.encoder
+
+
+def reads_one_by_one(name: str, config: RunConfig) -> bool:
+    """Whether a record of encoder ``name`` is of one view; False where it reads all views of a sample together."""
+    settings = encoder_config(name, config)
+    while settings.upstream:
+        settings = encoder_config(settings.upstream, config)
+    return input_kind(settings.family) is InputKind.IMAGE

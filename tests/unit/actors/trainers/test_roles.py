@@ -53,7 +53,7 @@ def test_a_feed_pins_features_and_targets_until_it_is_closed(config: Any) -> Non
         with feed.load(feed.plan(Split.TRAIN), stop=1) as loader:
             next(loader)
         client.sink.flush()
-        feed.targets._namespace.flush()
+        feed.targets.flush()
         assert [info.pinned for info in store.namespaces()] == [True, True]
         assert store.gc(keep=[], budget=0).fingerprints == ()
         feed.close()

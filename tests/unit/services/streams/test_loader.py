@@ -23,8 +23,10 @@ from services.features.encode import build_encoder
 from services.features.store import FeatureStore
 from services.streams import rows
 from services.streams.collate import Collate
+from services.streams.columns import column_specs
+from services.streams.inputs import kind_inputs
 from services.streams.ledger import Ledger
-from services.streams.loader import LoadedStep, Loader, PlanSteps, column_specs
+from services.streams.loader import LoadedStep, Loader, PlanSteps
 from services.streams.plan import EpochPlan
 from services.streams.rows import PlannedStep
 from services.streams.targets import Targets
@@ -51,13 +53,18 @@ class FakeClient:
 
     def record(self, request: FeatureRequest) -> Record:
         data = np.frombuffer(request.key.digest, np.uint8).astype(np.float32).reshape(2, 8)
-        return {"tokens": Tensor(data=data, dtype="float32")}
+        return {"tokens": Tensor(data=data, dtype="float32"), "summary": Tensor(data=data[:1], dtype="float32")}
 
     def prefetch(self, requests: Sequence[FeatureRequest], step: int) -> None:
         self.asked_ahead.append((step, len(requests)))
 
     def passed(self, step: int) -> None:
         self.passed_by = step
+
+
+def outputs(dtype: str) -> dict[str, TensorSpec]:
+    """Shapes of what a FakeClient gives."""
+    return {"tokens": TensorSpec(shape=(2, 8), dtype=dtype), "summary": TensorSpec(shape=(1, 8), dtype=dtype)}
 
 
 class World:
@@ -185,7 +192,7 @@ def test_broken_targets_and_missing_views_are_broken_samples(world: World) -> No
 def test_a_first_micro_batch_that_is_broken_as_a_whole(world: World) -> None:
     everything_breaks = FakeClient(lambda _: DataError("x.png: gone"))
     targets = Targets(world.config, world.manifests)
-    specs = column_specs(world.config, {"tokens": TensorSpec(shape=(2, 8), dtype="bfloat16")}, targets)
+    specs = column_specs(world.config, kind_inputs(world.config), lambda _: outputs("bfloat16"), targets=targets)
     with world.loader(everything_breaks, stop=1, collate=Collate(specs), targets=targets) as loader:
         batch = next(loader).micro_batches[0].batch
     assert batch["tokens"].shape == (4, 2, 8)
@@ -202,7 +209,7 @@ def test_a_first_micro_batch_that_is_broken_as_a_whole(world: World) -> None:
 def test_too_many_broken_samples_end_the_run(world: World, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "quarantine.jsonl", max_broken=0.01, total=world.plan.samples)
     client = FakeClient(lambda _: DataError("x.png: gone"))
-    specs = column_specs(world.config, {"tokens": TensorSpec(shape=(2, 8), dtype="float32")}, None)
+    specs = column_specs(world.config, kind_inputs(world.config), lambda _: outputs("float32"))
     with (
         world.loader(client, collate=Collate(specs), ledger=ledger) as loader,
         pytest.raises(QuarantineLimitError, match=r"8 of 32 samples.*data\.max_broken"),
@@ -324,7 +331,7 @@ def test_rows_that_are_wrong_are_refused(world: World) -> None:
 def test_cached_features_are_those_that_were_computed(world: World) -> None:
     """The real client, encoder and store: an epoch that fills the cache, one that reads it, and one without it."""
     config = world.config
-    specs = column_specs(config, build_encoder("features", config).outputs(), None)
+    specs = column_specs(config, kind_inputs(config), lambda name: build_encoder(name, config).outputs())
 
     def run(store: FeatureStore | None) -> tuple[list[tuple[int, dict[str, Any]]], CacheStats]:
         client = FeatureClient(config, store)

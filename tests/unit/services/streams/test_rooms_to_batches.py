@@ -13,10 +13,13 @@ from services.features.client import FeatureClient
 from services.features.encode import build_encoder
 from services.features.store import FeatureStore
 from services.streams.collate import Collate
-from services.streams.loader import Loader, column_specs
+from services.streams.columns import column_specs
+from services.streams.inputs import kind_inputs
+from services.streams.loader import Loader
+from services.streams.maps import open_target_store
 from services.streams.pipeline import FeatureKeys
 from services.streams.plan import EpochPlan
-from services.streams.targets import Targets, open_target_store
+from services.streams.targets import Targets
 from tests.unit.services.streams.small_world import small_config
 
 
@@ -31,7 +34,9 @@ def test_rooms_become_batches(tmp_path: Path) -> None:
     assert not {s.item for s in _samples(plan)} & {s.item for s in _samples(held_out)}
     assert EpochPlan(config, open_sources(config, revalidate=False)).digest == plan.digest
     targets = Targets(config, manifests, store=open_target_store(config))
-    specs = column_specs(config, build_encoder("features", config).outputs(), targets)
+    specs = column_specs(
+        config, kind_inputs(config), lambda name: build_encoder(name, config).outputs(), targets=targets
+    )
 
     def epoch() -> tuple[list[dict], float]:
         with FeatureStore.from_config(config) as store:

@@ -16,8 +16,10 @@ from models.encoders.preprocess import crop_nearest
 from services.contracts import Intrinsics, PlanSample, Record, ViewRole
 from services.errors import CacheError, DataError
 from services.features.store import FeatureStore
-from services.streams import targets as under_test
-from services.streams.targets import IGNORE, Targets, depth_window, open_target_store, sample_nearest
+from services.streams import maps as under_test
+from services.streams.cut import depth_window, picture_size, sample_nearest
+from services.streams.maps import Maps, open_target_store, read_maps
+from services.streams.targets import IGNORE, Targets
 from tests.unit.services.streams.small_world import (
     HEIGHT,
     WIDTH,
@@ -36,6 +38,12 @@ def sample(scene: str = "scene0", views: tuple[int, ...] = (0,), kind: str = "vi
 def good(answer: Record | DataError) -> Record:
     assert not isinstance(answer, DataError), answer
     return answer
+
+
+def maps_of(reader: Targets) -> Maps:
+    """Where the reader of a probe has depth and labels from."""
+    (maps,) = reader.maps.values()
+    return maps
 
 
 @pytest.fixture
@@ -67,8 +75,8 @@ def test_a_view_without_a_camera_is_cut_as_its_file_says(tmp_path: Path) -> None
     scene = write_scenes(tmp_path)[0]
     with_camera = scene.views[0]
     without = dataclasses.replace(with_camera, K=None)
-    assert under_test.picture_size(without) == under_test.picture_size(with_camera) == (HEIGHT, WIDTH)
-    expected, seen = (under_test.read_targets(view, 28, 28) for view in (with_camera, without))
+    assert picture_size(without) == picture_size(with_camera) == (HEIGHT, WIDTH)
+    expected, seen = (read_maps(view, 28, 28) for view in (with_camera, without))
     assert np.array_equal(seen["depth"].data, expected["depth"].data)
     assert np.array_equal(seen["ids"].data, expected["ids"].data)
 
@@ -99,13 +107,13 @@ def test_a_changed_file_is_read_again_and_a_touched_one_is_not(tmp_path: Path, s
     config, manifest = small_config(tmp_path), {"small": SmallManifest(scenes)}
     reader = Targets(config, manifest, store=store)
     before = good(reader.get([sample()])[0])["depth"].data.copy()
-    store.open(reader.identity()).flush()
+    reader.flush()
     depth = scenes[0].views[0].depth
     assert depth is not None
     os.utime(depth.path, ns=(1, 1))
-    hits = store.open(reader.identity()).stats.hits
+    hits = store.open(maps_of(reader).identity()).stats.hits
     assert np.array_equal(good(reader.get([sample()])[0])["depth"].data, before)
-    assert store.open(reader.identity()).stats.hits == hits + 1
+    assert store.open(maps_of(reader).identity()).stats.hits == hits + 1
     Image.fromarray(np.full((HEIGHT, WIDTH), 1500, np.uint16)).save(depth.path)
     after = good(reader.get([sample()])[0])["depth"].data
     assert np.allclose(after, 1.5)
@@ -191,7 +199,7 @@ def test_a_full_cache_only_costs_time(tmp_path: Path, caplog: pytest.LogCaptureF
     def full(*_: object) -> bool:
         raise CacheError("no space left on the device")
 
-    reader._namespace.put = full
+    maps_of(reader)._namespace.put = full
     assert all(isinstance(a, dict) for a in reader.get([sample(views=(i,)) for i in range(4)]))
     assert [r.message for r in caplog.records if "no space left" in r.message] == [
         "the cache keeps nothing more, what it refuses is computed again when needed: no space left on the device"
@@ -208,7 +216,7 @@ def test_a_cache_that_cannot_be_written_is_used_without_a_lease(
 
     monkeypatch.setattr(store, "lease", read_only)
     reader = Targets(small_config(tmp_path), {"small": SmallManifest(write_scenes(tmp_path))}, store=store)
-    monkeypatch.setattr(reader._namespace, "flush", read_only)
+    monkeypatch.setattr(maps_of(reader)._namespace, "flush", read_only)
     assert isinstance(reader.get([sample()])[0], dict)
     reader.close()
     said = [record.message for record in caplog.records]
