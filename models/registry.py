@@ -16,9 +16,24 @@ from models.errors import ModelError
 from models.spec import ModelSpec
 
 _TABLE: dict[str, str] = {
+    "mast3r-tiny": "models.encoders.mast3r.model:MAST3R_TINY",
+    "mast3r-small": "models.encoders.mast3r.model:MAST3R_SMALL",
+    "mast3r-large": "models.encoders.mast3r.model:MAST3R_LARGE",
     "probe-tiny": "models.probe.spec:PROBE_TINY",
     "probe-small": "models.probe.spec:PROBE_SMALL",
     "probe-base": "models.probe.spec:PROBE_BASE",
+    "spatial-vae-tiny": "models.uniugg.vae:SPATIAL_VAE_TINY",
+    "spatial-vae-small": "models.uniugg.vae:SPATIAL_VAE_SMALL",
+    "spatial-vae-base": "models.uniugg.vae:SPATIAL_VAE_BASE",
+    "uniugg-tiny": "models.uniugg.unified:UNIUGG_TINY",
+    "uniugg-small": "models.uniugg.unified:UNIUGG_SMALL",
+    "uniugg-3b": "models.uniugg.unified:UNIUGG_3B",
+    "uniugg-llm-tiny": "models.uniugg.unified:UNIUGG_LLM_TINY",
+    "uniugg-llm-small": "models.uniugg.unified:UNIUGG_LLM_SMALL",
+    "uniugg-llm-3b": "models.uniugg.unified:UNIUGG_LLM_3B",
+    "uniugg-unet-tiny": "models.uniugg.unified:UNIUGG_UNET_TINY",
+    "uniugg-unet-small": "models.uniugg.unified:UNIUGG_UNET_SMALL",
+    "uniugg-unet-3b": "models.uniugg.unified:UNIUGG_UNET_3B",
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from models.layers.attention import Attention
+from models.layers.attention import Attention, CrossAttention
 from models.layers.block import Block, Mlp
-from models.layers.dpt import DPTHead
+from models.layers.dpt import DPTHead, DPTTail, DPTTrunk
+from models.layers.rope import Rope2d
 
-__all__ = ["Attention", "Block", "DPTHead", "Mlp"]
+__all__ = ["Attention", "Block", "CrossAttention", "DPTHead", "DPTTail", "DPTTrunk", "Mlp", "Rope2d"]

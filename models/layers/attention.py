@@ -1,4 +1,4 @@
-"""Multi-head self-attention with one fused projection, through torch's scaled dot-product kernels."""
+"""Multi-head attention through torch's scaled dot-product kernels: to the tokens themselves, or to others."""
 
 from __future__ import annotations
 
@@ -37,3 +37,31 @@ class Attention(nn.Module):
             q, k = rotate(q), rotate(k)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of ``heads`` heads from tokens (B, N, width) to other tokens (B, M, width)."""
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if width % heads:
+            raise ModelError(f"attention: width {width} is not divisible by {heads} heads")
+        self.heads = heads
+        self.projq = nn.Linear(width, width, bias=qkv_bias)
+        self.projk = nn.Linear(width, width, bias=qkv_bias)
+        self.projv = nn.Linear(width, width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, y: Tensor, *, rotate_x: Rotate | None = None, rotate_y: Rotate | None = None
+    ) -> Tensor:
+        """Queries from ``x``, keys and values from ``y``; the rotations are those of their positions."""
+        q, k, v = (
+            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project, tokens in ((self.projq, x), (self.projk, y), (self.projv, y))
+        )
+        if rotate_x is not None:
+            q = rotate_x(q)
+        if rotate_y is not None:
+            k = rotate_y(k)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

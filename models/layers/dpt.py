@@ -16,19 +16,19 @@ from models.errors import ModelError
 LEVELS = 4
 
 
-class DPTHead(nn.Module):
-    """Dense prediction from four maps (B, h, w, C_i) -> (B, out_channels, H, W).
+class DPTTrunk(nn.Module):
+    """Four maps (B, h, w, C_i) fused to one (B, width, 8h, 8w), which tails read out.
 
     Args:
         in_channels: channels of the four maps, shallow layer first.
         level_channels: channels of the four pyramid levels, fine level first.
         width: channels of the fusion.
-        out_channels: channels of the prediction.
-        hidden: channels between the last two convolutions.
+        crop: how the coarsest level, half a grid rounded up, meets the next: True doubles it and cuts what is too
+            much off at the bottom and at the right, as DUSt3R does; False resizes to the size that is needed.
     """
 
     def __init__(
-        self, *, in_channels: Sequence[int], level_channels: Sequence[int], width: int, out_channels: int, hidden: int
+        self, *, in_channels: Sequence[int], level_channels: Sequence[int], width: int, crop: bool = False
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("level_channels", level_channels)):
@@ -46,25 +46,51 @@ class DPTHead(nn.Module):
         self.reduce = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=False) for c in level_channels)
         # The coarsest level has nothing to be fused with, hence one residual unit less.
         self.fuse = nn.ModuleList(Fusion(width, with_skip=level < LEVELS - 1) for level in range(LEVELS))
-        self.neck = nn.Conv2d(width, width // 2, 3, padding=1)
-        self.head = nn.Sequential(
-            nn.Conv2d(width // 2, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 1)
-        )
+        self.crop = crop
 
-    def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Four maps (B, h, w, C_i) -> (B, out_channels, *size)."""
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Four maps (B, h, w, C_i) -> (B, width, 8h, 8w)."""
         if len(maps) != LEVELS:
             raise ModelError(f"DPT head: needs {LEVELS} feature maps, got {len(maps)}")
         levels = []
         for level, grid in enumerate(maps):
             x = self.project[level](grid.permute(0, 3, 1, 2))
             levels.append(self.reduce[level](self.resample[level](x)))
-        x = self.fuse[3](levels[3], None, _size(levels[2]))
+        height, width = _size(levels[2])
+        coarse = (2 * levels[3].shape[-2], 2 * levels[3].shape[-1]) if self.crop else (height, width)
+        x = self.fuse[3](levels[3], None, coarse)[..., :height, :width]
         x = self.fuse[2](x, levels[2], _size(levels[1]))
         x = self.fuse[1](x, levels[1], _size(levels[0]))
-        x = self.fuse[0](x, levels[0], (2 * levels[0].shape[-2], 2 * levels[0].shape[-1]))
-        x = F.interpolate(self.neck(x), size=size, mode="bilinear", align_corners=True)
-        return self.head(x)
+        return self.fuse[0](x, levels[0], (2 * levels[0].shape[-2], 2 * levels[0].shape[-1]))
+
+
+class DPTTail(nn.Module):
+    """Reads a prediction (B, out_channels, H, W) out of the fused map, with ``hidden`` channels before the last layer."""
+
+    def __init__(self, width: int, out_channels: int, hidden: int) -> None:
+        super().__init__()
+        self.neck = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.head = nn.Sequential(
+            nn.Conv2d(width // 2, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, width, h, w) -> (B, out_channels, *size)."""
+        return self.head(F.interpolate(self.neck(x), size=size, mode="bilinear", align_corners=True))
+
+
+class DPTHead(DPTTrunk):
+    """Trunk and one tail: four maps (B, h, w, C_i) -> (B, out_channels, H, W). For the arguments see the two."""
+
+    def __init__(
+        self, *, in_channels: Sequence[int], level_channels: Sequence[int], width: int, out_channels: int, hidden: int
+    ) -> None:
+        super().__init__(in_channels=in_channels, level_channels=level_channels, width=width)
+        self.tail = DPTTail(width, out_channels, hidden)
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """Four maps (B, h, w, C_i) -> (B, out_channels, *size)."""
+        return self.tail(super().forward(maps), size)
 
 
 class ResidualUnit(nn.Module):

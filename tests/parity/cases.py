@@ -1,0 +1,154 @@
+"""Reference cases: inputs, weights and outputs of the published implementations, at small random sizes.
+
+A case's ``meta`` says what to build. The models are those that the recipes train, and so are the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from models.checkpoints import published_gradient
+
+Meta = Mapping[str, Any]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the cases of one published model are built and run."""
+
+    build: Callable[[Meta], nn.Module]
+    run: Callable[[Any, Meta, Mapping[str, Tensor]], Tensors]
+
+
+def model_from_case(meta: Meta) -> nn.Module:
+    """Our model for the configuration of a case. ValueError for a kind that there is no entry for."""
+    return _kind(meta).build(meta)
+
+
+def load_case(model: nn.Module, meta: Meta, state: Mapping[str, Tensor]) -> None:
+    """Load the weights of a case by their published names. WeightsError when anything does not fit."""
+    _kind(meta)
+    models.load_reference(model, state)
+
+
+def run_case(model: nn.Module, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
+    """Outputs by their published names, attached to the graph, with the case's loss under ``loss``."""
+    return _kind(meta).run(model, meta, inputs)
+
+
+def gradient(model: nn.Module, published_name: str) -> Tensor:
+    """Gradient in the published shape, after a backward. WeightsError for an unknown name."""
+    return published_gradient(model, published_name)
+
+
+def _kind(meta: Meta) -> Kind:
+    name = meta["config"]["model"]
+    if name not in KINDS:
+        raise ValueError(f"config.model={name!r}: there is no such kind of case; there are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+# MASt3R ---------------------------------------------------------------------------------------------------------------
+
+CONFIDENCE_ALPHA, MATCHING_BETA, TEMPERATURE, MATCHING_WEIGHT = 0.2, 10.0, 0.05, 0.075
+
+
+def _mast3r(meta: Meta) -> nn.Module:
+    """Channels that no configuration names are those of MASt3R's own code."""
+    from models.encoders.mast3r import Activations, Mast3r
+
+    config = meta["config"]
+    if config.get("head_type", "catmlp+dpt") != "catmlp+dpt":
+        raise ValueError(f"head_type={config['head_type']!r}: only catmlp+dpt is MASt3R's")
+    rope, outputs = str(config.get("pos_embed", "RoPE100")), str(config.get("output_mode", "pts3d+desc24"))
+    if not rope.startswith("RoPE") or not outputs.startswith("pts3d+desc"):
+        raise ValueError(f"pos_embed={rope!r}, output_mode={outputs!r}: allowed are RoPE<base> and pts3d+desc<channels>")
+    modes = {
+        ours: (str(config[key][0]), float(config[key][1]), float(config[key][2]))
+        for ours, key in (
+            ("depth", "depth_mode"), ("confidence", "conf_mode"), ("descriptor_confidence", "desc_conf_mode"),
+        )
+        if config.get(key) is not None
+    }  # fmt: skip
+    return Mast3r(
+        encoder_width=config["enc_embed_dim"],
+        encoder_depth=config["enc_depth"],
+        encoder_heads=config["enc_num_heads"],
+        width=config["dec_embed_dim"],
+        depth=config["dec_depth"],
+        heads=config["dec_num_heads"],
+        patch=config.get("patch_size", 16),
+        mlp_ratio=config.get("mlp_ratio", 4),
+        rope_base=float(rope.removeprefix("RoPE")),
+        descriptor=int(outputs.removeprefix("pts3d+desc")),
+        dpt_levels=(96, 192, 384, 768),
+        dpt_width=256,
+        rgb_hidden=0,
+        own_confidence=config.get("two_confs", True),
+        modes=Activations(**modes),
+    )
+
+
+def _run_mast3r(model: nn.Module, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:  # noqa: ARG001
+    view1, view2 = model(inputs["view1/img"], inputs["view2/img"])
+    outputs = {
+        f"pred{number}/{'pts3d_in_other_view' if (number, name) == (2, 'pts3d') else name}": tensor
+        for number, view in ((1, view1), (2, view2))
+        for name, tensor in view.items()
+    }
+    losses = _mast3r_losses(view1, view2, inputs) if "view1/pts3d" in inputs else {}
+    return {**outputs, **losses}
+
+
+def _mast3r_losses(view1: Tensors, view2: Tensors, inputs: Mapping[str, Tensor]) -> Tensors:
+    """The official losses: means over the pixels of each view, added; a mean over the matches."""
+    from models.geometry.poses import inverse
+    from models.geometry.projection import transform
+    from models.uniugg.losses_matching import matching_terms
+    from models.uniugg.losses_points import PairTargets, confidence_regression, point_errors
+
+    both = {
+        name: torch.stack([inputs[f"view1/{name}"], inputs[f"view2/{name}"]], dim=1)
+        for name in ("pts3d", "valid_mask", "sky_mask")
+    }
+    points = transform(both["pts3d"], inverse(inputs["view1/camera_pose"]))
+    targets = PairTargets(points=points, valid=both["valid_mask"], sky=both["sky_mask"] & ~both["valid_mask"])
+    predicted = torch.stack([view1["pts3d"], view2["pts3d"]], dim=1)
+    error = point_errors(predicted, targets, inputs["view1/is_metric_scale"].bool())
+    counted = targets.valid | targets.sky
+    confidence = torch.stack([view1["conf"], view2["conf"]], dim=1)
+    pixels = counted.sum((0, 2, 3)).clamp_min(1)
+    regression = (error.sum((0, 2, 3)) / pixels).sum()
+    confident = confidence_regression(error, confidence, counted, CONFIDENCE_ALPHA).sum((0, 2, 3)) / pixels
+    ends = [_at(view, inputs[f"view{number}/corres"]) for number, view in ((1, view1), (2, view2))]
+    valid = inputs["view1/valid_corres"]
+    terms = matching_terms(
+        (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]), valid, temperature=TEMPERATURE, beta=MATCHING_BETA, block=97
+    )
+    matching = terms.sum() / valid.sum().clamp_min(1)
+    total = confident.sum() + MATCHING_WEIGHT * matching
+    return {
+        "loss_conf_regr": confident.sum(),
+        "loss_regr_mean": regression,
+        "loss_conf_match": matching,
+        "loss_total": total,
+        "loss": total,
+    }
+
+
+def _at(view: Tensors, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Descriptors (B, M, D) and their confidences (B, M) at pixels (B, M, 2), each (column, row)."""
+    flat = pixels[..., 1] * view["desc"].shape[2] + pixels[..., 0]
+    index = flat[..., None].expand(-1, -1, view["desc"].shape[-1])
+    return view["desc"].flatten(1, 2).gather(1, index), view["desc_conf"].flatten(1).gather(1, flat)
+
+
+#: ``config.model`` of a case -> how to build and run it.
+KINDS: dict[str, Kind] = {"mast3r": Kind(_mast3r, _run_mast3r)}
