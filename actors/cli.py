@@ -87,6 +87,11 @@ VERBS: Mapping[str, Verb] = {
             ),
         ),
     ),
+    "data pairs": Verb(
+        commands.data_pairs,
+        "find the pairs of views that see the same things, and say how they are spread",
+        (_option("--out", metavar="FOLDER", help="folder of the pages (default: <storage.root>/pairs)"),),
+    ),
     "data questions": Verb(
         commands.data_questions,
         "write questions with exact answers, referring expressions and captions",

@@ -132,6 +132,18 @@ def data_check(args: argparse.Namespace) -> int:
     return 1 if any(report.findings for report in reports) else 0
 
 
+def data_pairs(args: argparse.Namespace) -> int:
+    """Make the co-visibility index of every source, and a page about it; status 1 when a source has no pairs."""
+    config = configure(args)
+    from services.data.pairs_report import run_pairs
+
+    out = Path(args.out).expanduser() if args.out else Path(config.storage.root) / "pairs"
+    with counting("", config.logger.progress) as show:
+        lines, empty = run_pairs(config, out, show)
+    print("\n".join(lines))
+    return 1 if empty else 0
+
+
 def data_questions(args: argparse.Namespace) -> int:
     """Write questions, referring expressions and captions about every scene with instances."""
     config = configure(args)

@@ -23,6 +23,7 @@ VERBS = {
     "data make": ["--config", "--debug", "--out", "overrides"],
     "data index": ["--config", "--debug", "overrides"],
     "data check": ["--against", "--config", "--debug", "--out", "overrides"],
+    "data pairs": ["--config", "--debug", "--out", "overrides"],
     "data questions": ["--config", "--debug", "--out", "overrides"],
     "data show": ["--config", "--debug", "--out", "overrides", "scene"],
     "features warm": ["--config", "--debug", "--encoder", "--source", "--split", "overrides"],
