@@ -35,7 +35,8 @@ class RoomsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    # Reader: rooms | scannet | scannetpp | arkitscenes | re10k | nerfstudio | colmap | sevenscenes | images | corpus.
+    # Reader: rooms | scannet | scannetpp | arkitscenes | re10k | nerfstudio | colmap | sevenscenes | images | corpus |
+    # questions (about the scenes of the source options.of; made on demand).
     format: str = "rooms"
     # Folder or file of the source; "" for rooms means a folder under storage.root made on demand.
     root: str = ""
@@ -92,11 +93,12 @@ class PairsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    # Jitter of brightness, contrast, saturation and hue; [0,0,0,0] is none. The same for both views of a pair.
+    # Jitter of brightness, contrast, saturation and hue, drawn for each view by itself; [0,0,0,0] is none. The
+    # published training has [0.5,0.5,0.5,0.1].
     jitter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
     # Crops tried for each view of a pair, of which the pair with most correspondences is kept (0: the centre crop).
     crops: int = 0
-    # Smallest crop as a share of the image's shorter side.
+    # Smallest crop, as a share of each side of the largest window of that shape that fits into the picture.
     min_crop: float = 0.1
     # Probability that a pair is replaced by the same picture twice.
     same_image: float = 0.0
@@ -292,7 +294,8 @@ class RecipeConfig:
     view_set: ViewSetConfig = field(default_factory=ViewSetConfig)
     # Loss terms and their weights.
     losses: dict[str, float] = field(default_factory=dict)
-    # Which encoder (key under `encoders`) feeds the model.
+    # Which encoder (key under `encoders`) feeds the model of the probe; the other recipes name theirs (teacher, vit,
+    # vae, reconstruction).
     features: str = "features"
     # Role -> globs of the parameters that are trained; a role that is not named trains all of its parameters.
     train: dict[str, list[str]] = field(default_factory=dict)
@@ -539,7 +542,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     # What is trained, by its name in the registry.
     model: ModelConfig = field(default_factory=ModelConfig)
-    # Frozen encoders by a name of your choice; `recipe.features` says which one feeds the model.
+    # Frozen encoders by name; `recipe.features` says which one feeds the probe, UniUGG's recipes look for `teacher`,
+    # `vit`, `vae` and `reconstruction`.
     encoders: dict[str, EncoderConfig] = field(default_factory=dict)
     # Actors that run the frozen encoders.
     service: ServiceConfig = field(default_factory=ServiceConfig)

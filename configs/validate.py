@@ -15,11 +15,12 @@ from typing import Any
 
 from configs.convert import nearest
 from configs.paths import is_uri
-from configs.schema import EncoderConfig, RoleConfig, RunConfig
+from configs.schema import EncoderConfig, RoleConfig, RunConfig, SourceConfig
 
 SPLITS = ("train", "val", "test")
 FORMATS = (
     "rooms", "scannet", "scannetpp", "arkitscenes", "re10k", "nerfstudio", "colmap", "sevenscenes", "images", "corpus",
+    "questions",
 )  # fmt: skip
 RECIPES = (
     "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
@@ -270,8 +271,21 @@ def _data(config: RunConfig) -> Iterator[str]:
     checks = config.data.checks
     if checks.min_depth >= checks.max_depth:
         yield f"data.checks.min_depth={checks.min_depth} must be less than data.checks.max_depth={checks.max_depth}"
+    pairs = config.data.pairs
+    if pairs.min_overlap >= pairs.max_overlap:
+        yield (
+            f"data.pairs.min_overlap={pairs.min_overlap} must be less than data.pairs.max_overlap={pairs.max_overlap}"
+        )
+    jitter = config.data.augment.jitter
+    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+        yield (
+            f"data.augment.jitter={jitter} must be four numbers >= 0: brightness, contrast, saturation, and hue up to "
+            "0.5 (half a turn), e.g. [0.5,0.5,0.5,0.1]"
+        )
     for name, source in sources.items():
-        if not source.root and source.format != "rooms":
+        if source.format == "questions" and not source.root:
+            yield from _questions(name, config.data.sources)
+        elif not source.root and source.format != "rooms":
             yield f"data.sources.{name}.root is empty: a source of format {source.format} needs its folder or file"
         for split in source.splits:
             if split not in SPLITS:
@@ -280,11 +294,21 @@ def _data(config: RunConfig) -> Iterator[str]:
                 )
 
 
+def _questions(name: str, sources: Mapping[str, SourceConfig]) -> Iterator[str]:
+    """Rules for a source whose questions are made from the scenes of another."""
+    key, of = f"data.sources.{name}.options.of", sources[name].options.get("of", "")
+    scenes = [other for other, source in sources.items() if source.format not in ("questions", "corpus")]
+    if of not in scenes:
+        named = f"={of!r} names no source of scenes.{nearest(str(of), scenes)}" if of else " is empty:"
+        yield f"{key}{named} Name the source that the questions are about; there are: {', '.join(scenes) or 'none'}"
+
+
 def _recipe(config: RunConfig) -> Iterator[str]:
     quotas = config.recipe.quotas
     if not sum(quotas.values()) > 0:
         yield f"recipe.quotas={quotas} gives no kind of micro-batch a share; one must be above 0"
-    if config.recipe.features not in config.encoders:
+    # Other recipes say in services/streams/inputs.py which encoders they read.
+    if config.recipe.name == "probe" and config.recipe.features not in config.encoders:
         names = ", ".join(config.encoders) or "none"
         yield (
             f"recipe.features={config.recipe.features!r} names no encoder."

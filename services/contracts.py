@@ -183,6 +183,8 @@ class Item:
     turns: tuple[Turn, ...] = ()
     split: Split | None = None
     label: str | None = None
+    question: Question | None = None
+    """What an evaluation scores the answer by, where the conversation asks a question with one right answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,7 +69,7 @@ class Ingest:
 
     def _row(self, scene_id: str, notes: Notes) -> Row:
         record = self.reader.read(scene_id, notes)
-        files = _Files(self.reader.root, self._digester)
+        files = _Files(self.reader.root, self._digester, self.reader.shares_pictures)
         views = record.views if isinstance(record, Scene) else ()
         for view in views:
             check_sizes(view)
@@ -100,9 +100,10 @@ class Ingest:
 class _Files:
     """The files that one record names: their digests, and the guards that its row gets."""
 
-    def __init__(self, root: Path, digester: Digester) -> None:
+    def __init__(self, root: Path, digester: Digester, shared: bool = False) -> None:
         self._root = str(root) + os.sep
         self._digester = digester
+        self._shared = shared
         self.guards: dict[str, Guard] = {}
 
     def relative(self, path: str) -> str:
@@ -118,6 +119,8 @@ class _Files:
             # An archive is not hashed as a whole: each member has its digest, and another stamp means reading again.
             self.container(ref.path)
             return self._digester.image(ref)
+        if self._shared:
+            return self._guard(ref.path, self._digester.file(ref.path))
         return self.content(ref.path)
 
     def container(self, path: str) -> None:

@@ -94,12 +94,19 @@ def _open(config: RunConfig, revalidate: bool, progress: Progress | None) -> dic
     sources = config.data.sources
     if not sources:
         raise ConfigError("data.sources is empty: name at least one source, e.g. data=rooms")
-    opened = {}
-    for name, source in sources.items():
+    opened: dict[str, tuple[Manifest, IndexReport]] = {}
+    # Questions are made from the scenes of other sources, which are opened before them.
+    for name in sorted(sources, key=lambda name: is_made_of(sources[name]) != ""):
+        source = sources[name]
         with events.span("index", source=name) as fields:
-            resolved = resolve_source(source, config.data.rooms, config.storage)
-            if not source.root and (revalidate or not manifest_path(name, resolved, config.storage).exists()):
-                ensure_rooms(config.data.rooms, config.storage, _naming("making rooms", progress))
+            if is_made_of(source):
+                resolved = _with_questions(
+                    name, config, {of: manifest for of, (manifest, _) in opened.items()}, progress
+                )
+            else:
+                resolved = resolve_source(source, config.data.rooms, config.storage)
+                if not source.root and (revalidate or not manifest_path(name, resolved, config.storage).exists()):
+                    ensure_rooms(config.data.rooms, config.storage, _naming("making rooms", progress))
             manifest, report = index_source(
                 name,
                 resolved,
@@ -110,7 +117,33 @@ def _open(config: RunConfig, revalidate: bool, progress: Progress | None) -> dic
             )
             fields.update(entries=len(manifest), reused=report.reused)
             opened[name] = (manifest, report)
-    return opened
+    return {name: opened[name] for name in sources}
+
+
+def is_made_of(source: SourceConfig) -> str:
+    """Name of the source whose scenes this one's questions are made from; "" for every other source."""
+    return str(source.options.get("of", "")) if source.format == "questions" and not source.root else ""
+
+
+def _with_questions(
+    name: str, config: RunConfig, opened: dict[str, Manifest], progress: Progress | None
+) -> SourceConfig:
+    """The source with the folder of its questions, which are made where they are not there."""
+    from services.data.questions.ondemand import ensure_annotations
+
+    source = config.data.sources[name]
+    of = is_made_of(source)
+    if of not in opened or is_made_of(config.data.sources[of]):
+        scenes = [other for other in config.data.sources if not is_made_of(config.data.sources[other])]
+        raise ConfigError(f"data.sources.{name}.options.of={of!r} is not one of the sources {', '.join(scenes)}")
+    questions = config.data.questions
+    most = source.options.get("max_views", 0)
+    if not isinstance(most, int) or most < 0:
+        raise ConfigError(f"data.sources.{name}.options.max_views={most!r} must be a whole number, 0 for no limit")
+    if most:
+        questions = dataclasses.replace(questions, max_views=min(most, questions.max_views))
+    folder = ensure_annotations(opened[of], questions, config.storage, _naming(f"asking about {of}", progress))
+    return dataclasses.replace(source, root=str(folder))
 
 
 def _naming(what: str, progress: Progress | None) -> Progress | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -149,13 +150,18 @@ def captions(facts: Facts) -> tuple[str, ...]:
     counts = Counter(thing.label for thing in facts.visible)
     if not counts:
         return ()
-    named = [_some(label, count) for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:6]]
-    listed = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:6]
     start = with_article(room).capitalize()
-    result = [f"{start} with {listed}."]
+    result = [f"{start} with {listing(ranked)}."]
     if facts.area is not None:
         result.append(f"{start} of about {facts.area:.0f} square metres.")
     return tuple(result)
+
+
+def listing(counted: Sequence[tuple[str, int]]) -> str:
+    """(label, how many) in words: "a bed, two chairs and a lamp"."""
+    named = [_some(label, count) for label, count in counted]
+    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 
 
 def _some(label: str, count: int) -> str:

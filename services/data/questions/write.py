@@ -19,10 +19,12 @@ from services.data.questions.balance import balance
 from services.data.questions.blind import BlindScore, blind_scores, scene_of
 from services.data.questions.draft import Draft
 from services.data.questions.facts import Facts, gather
+from services.data.questions.views import ViewCaption, view_captions
 
 OPENING = "The pictures were taken one after the other on a walk through one place."
 ASK_NUMBER = "Answer with the number alone."
 ASK_LETTER = "Answer with the letter of the right option alone."
+DESCRIBE = ("Describe the place in one sentence.", "What kind of place is it, and how large is its floor?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,9 @@ class Annotations:
     questions: tuple[Question, ...]
     expressions: dict[str, tuple[ReferringExpression, ...]]
     captions: dict[str, tuple[str, ...]]
+    view_captions: dict[str, tuple[ViewCaption, ...]]
+    views: dict[str, tuple[int, ...]]
+    """The views of each scene that all of this is about."""
 
     @cached_property
     def _by_scene(self) -> Mapping[str, list[Question]]:
@@ -75,7 +80,7 @@ def annotate(
     """
     kept: dict[str, Scene] = {}
     drafts: list[Draft] = []
-    expressions, captions = {}, {}
+    expressions, captions, seen, views = {}, {}, {}, {}
     for scene in scenes:
         if not scene.instances or all(view.instance_path is None for view in scene.views):
             continue
@@ -84,10 +89,19 @@ def annotate(
         drafts += draft_questions(facts, config)
         expressions[scene.id] = tuple(referring.referring_expressions(facts, config.seed, 2 * config.per_scene))
         captions[scene.id] = referring.captions(facts)
+        seen[scene.id] = view_captions(facts, config.seed)
+        views[scene.id] = facts.views
         if progress is not None:
             progress(scene.id)
     questions = tuple(balance(drafts, config.seed))
-    return Annotations(scenes=kept, questions=questions, expressions=expressions, captions=captions)
+    return Annotations(
+        scenes=kept,
+        questions=questions,
+        expressions=expressions,
+        captions=captions,
+        view_captions=seen,
+        views=views,
+    )
 
 
 def conversation(scene: Scene, question: Question) -> dict[str, Any]:
@@ -99,16 +113,32 @@ def conversation(scene: Scene, question: Question) -> dict[str, Any]:
     else:
         lines.append(ASK_NUMBER)
     return {
-        "id": question.id,
-        "scene": scene.id,
-        "split": None if scene.split is None else str(scene.split),
+        **_exchange(question.id, scene, "\n".join(lines), question.answer, views),
         "question_type": question.type,
-        "conversations": [
-            {"from": "human", "value": "\n".join(lines)},
-            {"from": "gpt", "value": question.answer},
-        ],
+        "question": question.text,
         "options": list(question.options),
         "answer": question.answer,
+    }
+
+
+def caption_of_view(scene: Scene, caption: ViewCaption) -> dict[str, Any]:
+    """One line: a conversation about one picture."""
+    asked = f"<image>\n{caption.prompt}"
+    return _exchange(f"{scene.id}/view/{caption.view}", scene, asked, caption.text, (caption.view,))
+
+
+def caption_of_scene(scene: Scene, number: int, text: str, views: Sequence[int]) -> dict[str, Any]:
+    """One line: a conversation that describes the whole place."""
+    asked = "\n".join(["<image>" * len(views), OPENING, DESCRIBE[number % len(DESCRIBE)]])
+    return _exchange(f"{scene.id}/caption/{number}", scene, asked, text, views)
+
+
+def _exchange(name: str, scene: Scene, asked: str, answered: str, views: Sequence[int]) -> dict[str, Any]:
+    return {
+        "id": name,
+        "scene": scene.id,
+        "split": None if scene.split is None else str(scene.split),
+        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}],
         "images": [_image(scene.views[view].image) for view in views],
         "views": list(views),
     }
@@ -139,14 +169,15 @@ def write_jsonl(lines: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def write_annotations(annotations: Annotations, folder: Path) -> dict[str, dict[str, BlindScore]]:
-    """Write ``questions-<split>.jsonl``, ``expressions.jsonl``, ``captions.jsonl`` and ``blind.jsonl`` into ``folder``.
+    """Write everything into ``folder``; returns the blind scores by split and question type, as in ``blind.jsonl``.
 
-    Returns the blind scores by split and question type, as in ``blind.jsonl``.
+    Conversations for each split: ``questions-<split>.jsonl``, ``views-<split>.jsonl`` (captions of single pictures) and
+    ``scenes-<split>.jsonl`` (captions of whole scenes). For all of them: ``expressions.jsonl``, ``captions.jsonl``,
+    ``blind.jsonl``.
     """
     by_split: dict[str, list[Question]] = {}
     for question in annotations.questions:
-        split = annotations.scenes[scene_of(question)].split
-        by_split.setdefault("all" if split is None else str(split), []).append(question)
+        by_split.setdefault(_split_name(annotations.scenes[scene_of(question)]), []).append(question)
     for name, questions in sorted(by_split.items()):
         lines = (conversation(annotations.scenes[scene_of(question)], question) for question in questions)
         write_jsonl(lines, folder / f"questions-{name}.jsonl")
@@ -159,6 +190,19 @@ def write_annotations(annotations: Annotations, folder: Path) -> dict[str, dict[
         ),
         folder / "expressions.jsonl",
     )
+    for name, scenes in _by_split(annotations).items():
+        write_jsonl(
+            (caption_of_view(scene, one) for scene in scenes for one in annotations.view_captions[scene.id]),
+            folder / f"views-{name}.jsonl",
+        )
+        write_jsonl(
+            (
+                caption_of_scene(scene, number, text, annotations.views[scene.id])
+                for scene in scenes
+                for number, text in enumerate(annotations.captions[scene.id])
+            ),
+            folder / f"scenes-{name}.jsonl",
+        )
     write_jsonl(
         ({"scene": scene, "caption": text} for scene, texts in annotations.captions.items() for text in texts),
         folder / "captions.jsonl",
@@ -170,6 +214,17 @@ def write_annotations(annotations: Annotations, folder: Path) -> dict[str, dict[
     ]
     write_jsonl(rows, folder / "blind.jsonl")
     return scores
+
+
+def _split_name(scene: Scene) -> str:
+    return "all" if scene.split is None else str(scene.split)
+
+
+def _by_split(annotations: Annotations) -> dict[str, list[Scene]]:
+    found: dict[str, list[Scene]] = {}
+    for scene in annotations.scenes.values():
+        found.setdefault(_split_name(scene), []).append(scene)
+    return found
 
 
 def blind_table(scores: dict[str, dict[str, BlindScore]]) -> Sequence[str]:

@@ -23,6 +23,7 @@ FORMATS: dict[str, str] = {
     "corpus": "corpus:CorpusReader",
     "images": "images:ImagesReader",
     "nerfstudio": "nerfstudio:NerfstudioReader",
+    "questions": "questions:QuestionsReader",
     "re10k": "re10k:Re10kReader",
     "rooms": "scannet:ScanNetReader",
     "scannet": "scannet:ScanNetReader",

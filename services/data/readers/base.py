@@ -101,6 +101,8 @@ class Reader(ABC):
 
     #: Raised when the reader's conversions change, so that older manifests are made again.
     version: ClassVar[int] = 1
+    #: Whether many records show the same pictures, which ingest then hashes once.
+    shares_pictures: ClassVar[bool] = False
     #: Options of the format and what holds when they are not given.
     options: ClassVar[Mapping[str, Any]] = {}
 

@@ -7,17 +7,22 @@
   part: an image, and ``.txt`` (caption), ``.cls`` (label) or ``.json`` (a record as below).
 - ``json``: one ``.json`` list of records in LLaVA's form, ``{"id", "image": name or names, "conversations": [{"from":
   "human" | "gpt" | "system", "value"}]}``.
-- ``jsonl``: such a record a line; also with ``messages`` ([{"role", "content"}]), or ``text`` / ``caption``.
+- ``jsonl``: such a record a line, in one file or (where ``layout`` is given) in all ``*.jsonl`` below a folder; also with
+  ``messages`` ([{"role", "content"}]), or ``text`` / ``caption``.
 - ``parquet``: ``*.parquet`` with the same fields as columns; ``image`` holds bytes, a struct with ``bytes`` and
   ``path``, or a path.
 
-A ``label`` field is kept. Names of images are relative to ``images``, by default the folder of the file.
+A ``label`` field is kept, and a ``split`` unless ``splits`` are given. ``question_type`` with ``answer`` (and
+``question``, ``options``, ``views``, as `loom3d data questions` writes them) make a record a question that can be
+scored. Names of images are relative to ``images``, by default the folder of the file; an image may also be an object
+with ``path`` and ``frame`` (of a video) or ``member`` (of an archive).
 
 Options: ``layout``, ``images`` (folder).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +37,8 @@ from services.data.readers.corpus_files import (
     ParquetRows,
     Records,
     TarSamples,
+    question_of,
+    split_of,
     turns_of,
 )
 from services.errors import ConfigError, DataError
@@ -42,6 +49,7 @@ _LAYOUTS = ("folder", "webdataset", "json", "jsonl", "parquet")
 class CorpusReader(Reader):
     """Items from folders, archives, JSON, JSONL and Parquet."""
 
+    version: ClassVar[int] = 2
     options: ClassVar[Mapping[str, Any]] = {"layout": "", "images": ""}
 
     @cached_property
@@ -79,7 +87,8 @@ class CorpusReader(Reader):
         if self.form == "json":
             return JsonList(self.root, self.shared)
         if self.form == "jsonl":
-            return JsonLines(self.root, self.shared)
+            files = [self.root] if self.root.is_file() else sorted(self.root.rglob("*.jsonl"))
+            return JsonLines(files, self.shared)
         suffix = ".tar" if self.form == "webdataset" else ".parquet"
         files = [self.root] if self.root.is_file() else sorted(self.root.glob(f"*{suffix}"))
         return TarSamples(files) if self.form == "webdataset" else ParquetRows(files)
@@ -115,7 +124,14 @@ class CorpusReader(Reader):
         if not images and not turns:
             raise DataError(f"{where}: the record has neither an image nor text")
         label = record.get("label")
-        return Item(id=scene_id, images=images, turns=turns, label=None if label is None else str(label))
+        return Item(
+            id=scene_id,
+            images=images,
+            turns=turns,
+            split=None if self.source.splits else split_of(record, where),
+            label=None if label is None else str(label),
+            question=question_of(record, scene_id, turns, where),
+        )
 
     def _label(self, path: Path) -> str | None:
         parts = path.relative_to(self.root).parts[:-1]
@@ -124,10 +140,10 @@ class CorpusReader(Reader):
         return parts[0] if parts else None
 
     def _image(self, ref: ImageRef, where: str) -> ImageRef:
-        if ref.member is not None:
+        if ref.member is not None and Path(ref.path).is_absolute():
             return ref
         base = Path(self.option("images") or (self.root.parent if self.root.is_file() else self.root)).expanduser()
         path = (base if base.is_absolute() else self.root.parent / base) / ref.path
         if not path.is_file():
             raise DataError(f"{path}: there is no such file ({where}); options.images names the folder of the images")
-        return ImageRef(path=str(path))
+        return dataclasses.replace(ref, path=str(path))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from services.contracts import ImageRef, Turn
+from services.contracts import ImageRef, Question, Split, Turn
 from services.data.images import IMAGE_SUFFIXES, read_bytes, tar_members
 from services.data.readers.base import Notes
 from services.errors import DataError
@@ -44,9 +44,7 @@ class Records(ABC):
         if names is None:
             return []
         names = names if isinstance(names, list) else [names]
-        if not all(isinstance(name, str) for name in names):
-            raise DataError(f"{where}: 'image' must be a name or a list of names, got {names!r:.80}")
-        return [ImageRef(path=name) for name in names]
+        return [_image(name, where) for name in names]
 
 
 class JsonList(Records):
@@ -71,31 +69,32 @@ class JsonList(Records):
 
 
 class JsonLines(Records):
-    """A file with a JSON record a line; only the offsets of lines are kept."""
+    """Files with a JSON record a line; only the offsets of lines are kept."""
 
-    def __init__(self, path: Path, shared: Notes) -> None:
-        self._path = path
-        shared.files.append(path)
+    def __init__(self, paths: Sequence[Path], shared: Notes) -> None:
+        self._paths = paths
+        shared.files.extend(paths)
 
     @cached_property
-    def ids(self) -> Mapping[str, tuple[int, int]]:
-        """Id -> (line number, offset). A line that is no JSON gets an id, and its error when it is read."""
-        places: list[tuple[int, int]] = []
+    def ids(self) -> Mapping[str, tuple[Path, int, int]]:
+        """Id -> (file, line number, offset). A line that is no JSON gets an id, and its error when it is read."""
+        places: list[tuple[Path, int, int]] = []
         names: list[Any] = []
-        offset = 0
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    places.append((number, offset))
-                    names.append(_id_of_line(line))
-                offset += len(line)
+        for path in self._paths:
+            offset = 0
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        places.append((path, number, offset))
+                        names.append(_id_of_line(line))
+                    offset += len(line)
         return {name: places[place] for name, place in unique_ids(names).items()}
 
     def read(self, record_id: str) -> tuple[Record, str]:
         """The record of that id."""
-        number, offset = self.ids[record_id]
-        where = f"{self._path}: line {number}"
-        with self._path.open("rb") as file:
+        path, number, offset = self.ids[record_id]
+        where = f"{path}: line {number}"
+        with path.open("rb") as file:
             file.seek(offset)
             line = file.readline()
         try:
@@ -213,6 +212,40 @@ def turns_of(record: Record, where: str) -> tuple[Turn, ...]:
     return () if not isinstance(caption, str) or not caption else (Turn(role="assistant", text=caption),)
 
 
+def split_of(record: Record, where: str) -> Split | None:
+    """The split that the record itself states. DataError for one that there is not."""
+    split = record.get("split")
+    if split is None:
+        return None
+    if split not in set(Split):
+        raise DataError(f"{where}: split={split!r} is not one of {', '.join(Split)}")
+    return Split(split)
+
+
+def question_of(record: Record, record_id: str, turns: Sequence[Turn], where: str) -> Question | None:
+    """The question that the record asks: with ``question_type`` and ``answer``, else None.
+
+    Its text is ``question``, or the first user's turn without marks of images. DataError for fields of another type.
+    """
+    kind, answer = record.get("question_type"), record.get("answer")
+    if kind is None or answer is None:
+        return None
+    options, views = record.get("options") or [], record.get("views") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise DataError(f"{where}: 'options' must be a list of texts, got {options!r:.80}")
+    if not isinstance(views, list) or not all(isinstance(view, int) for view in views):
+        raise DataError(f"{where}: 'views' must be a list of whole numbers, got {views!r:.80}")
+    asked = next((turn.text for turn in turns if turn.role == "user"), "").replace("<image>", "").strip()
+    return Question(
+        id=record_id,
+        type=str(kind),
+        text=str(record.get("question", asked)),
+        answer=str(answer),
+        options=tuple(options),
+        views=tuple(views),
+    )
+
+
 def unique_ids(names: Iterable[Any]) -> dict[str, int]:
     """Id -> place. Records without an id get their place; an id that was there before gets its place appended."""
     found: dict[str, int] = {}
@@ -220,6 +253,17 @@ def unique_ids(names: Iterable[Any]) -> dict[str, int]:
         key = str(place) if name is None else str(name)
         found[f"{key}-{place}" if key in found else key] = place
     return found
+
+
+def _image(value: Any, where: str) -> ImageRef:
+    """An image by its name, or by an object with ``path`` and what of it is meant."""
+    if isinstance(value, str):
+        return ImageRef(path=value)
+    if isinstance(value, dict) and set(value) <= {"path", "frame", "member"} and isinstance(value.get("path"), str):
+        frame, member = value.get("frame"), value.get("member")
+        if isinstance(frame, int | None) and isinstance(member, str | None):
+            return ImageRef(path=value["path"], frame=frame, member=member)
+    raise DataError(f"{where}: an image is a name, or an object with path and frame or member; got {value!r:.80}")
 
 
 def _turn(turn: Any, speaker: str, text: str, where: str) -> Turn:
