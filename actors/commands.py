@@ -185,20 +185,21 @@ def features_warm(args: argparse.Namespace) -> int:
     """Encode what is not stored yet; status 1 when inputs could not be encoded."""
     config = configure(args)
     from services.data.sources import open_sources
-    from services.features.maintain import warm
+    from services.features.maintain import chosen_encoders, warm
 
     manifests = open_sources(config)
     if args.source and args.source not in manifests:
         raise ConfigError(f"--source {args.source}: no such source; there are {', '.join(manifests)}")
     broken = 0
     with open_cache(config) as store:
-        for name in [args.source] if args.source else list(manifests):
-            with counting(f"encoding {name}", config.logger.progress) as show:
-                found = warm(
-                    config, store, name, manifests[name], encoder=args.encoder, splits=args.split, progress=show
-                )
-            print(found)
-            broken += len(found.broken)
+        for encoder in chosen_encoders(config, args.encoder):
+            for name in [args.source] if args.source else list(manifests):
+                with counting(f"encoding {name} ({encoder})", config.logger.progress) as show:
+                    found = warm(
+                        config, store, name, manifests[name], encoder=encoder, splits=args.split, progress=show
+                    )
+                print(found)
+                broken += len(found.broken)
     return 1 if broken else 0
 
 
@@ -215,24 +216,31 @@ def features_stats(args: argparse.Namespace) -> int:
 def features_verify(args: argparse.Namespace) -> int:
     """Encode a sample again and compare; status 1 when it drifted or nothing could be checked."""
     config = configure(args)
-    from services.features.maintain import verify
+    from services.features.maintain import chosen_encoders, verify
 
+    sound = True
     with open_cache(config) as store:
-        found = verify(config, store, encoder=args.encoder, sample=args.sample, tolerance=args.tolerance)
-    print(found)
-    return 0 if found.ok else 1
+        for encoder in chosen_encoders(config, args.encoder):
+            found = verify(config, store, encoder=encoder, sample=args.sample, tolerance=args.tolerance)
+            print(found)
+            sound &= found.ok
+    return 0 if sound else 1
 
 
 def features_why(args: argparse.Namespace) -> int:
     """Say which part of the key or fingerprint of a sample differs from what is stored; status 1 when it is absent."""
     config = configure(args)
     from services.data.sources import open_sources
+    from services.features.maintain import chosen_encoders
     from services.features.why import why
 
+    stored, manifests = True, open_sources(config)
     with open_cache(config) as store:
-        found = why(config, store, open_sources(config), args.sample, encoder=args.encoder)
-    print(found)
-    return 0 if found.stored else 1
+        for encoder in chosen_encoders(config, args.encoder):
+            found = why(config, store, manifests, args.sample, encoder=encoder)
+            print(found)
+            stored &= found.stored
+    return 0 if stored else 1
 
 
 def features_gc(args: argparse.Namespace) -> int:

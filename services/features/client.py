@@ -74,7 +74,10 @@ class FeatureClient:
         self.config = config
         self.sink = StoreSink(config, store)
         self._caching = store is not None and config.cache.mode != "never"
-        self._rule = MeasuredRule() if config.cache.mode == "auto" and self._caching else None
+        measured = config.encoders if config.cache.mode == "auto" and self._caching else ()
+        self._rules = {name: MeasuredRule() for name in measured}
+        self._dear: set[str] = set()
+        """Encoders whose records take longer to read than to make."""
         self._pool, self._pool_again_at, self._pool_gone = pool, 0.0, False
         self._make, self._encoders = make_encoder, dict[str, Any]()
         self._bytes_of: dict[str, int] = {}
@@ -166,8 +169,10 @@ class FeatureClient:
 
     @property
     def caching(self) -> bool:
-        """False where nothing is cached, or where the measured rule found that reading is slower than encoding."""
-        return self._caching
+        """False where nothing is cached, or where the measured rule found that reading some encoder's records is slower
+        than encoding.
+        """
+        return self._caching and not self._dear
 
     @property
     def fell_back(self) -> bool:
@@ -249,8 +254,11 @@ class FeatureClient:
         by_encoder: dict[str, list[_Flight]] = {}
         for flight in flights:
             by_encoder.setdefault(flight.request.encoder, []).append(flight)
-        for name, group in by_encoder.items():
-            missing = self._read(name, group) if look and self._caching else group
+        # Encoders of pictures before those that read them: making a record of the latter waits for records of the
+        # former, which may be among these very flights, or among those of a thread that does likewise.
+        for name in sorted(by_encoder, key=self._depth):
+            group = by_encoder[name]
+            missing = self._read(name, group) if look and self._keeps(name) else group
             if missing:
                 answers = self._produce(name, [flight.request for flight in missing], step)
                 for flight, answer in zip(missing, answers, strict=True):
@@ -267,32 +275,43 @@ class FeatureClient:
             else:
                 flight.hit = True
                 flight.answer.set_result(record)
-        if self._rule is not None and not missing:
+        rule = self._rules.get(name)
+        if rule is not None and not missing:
             # Touch every page: a mapped record that nobody read costs nothing.
             for record in records:
                 for tensor in record.values():
                     tensor.data.sum(dtype="int64" if tensor.data.dtype.kind in "iu" else None)
-            self._judge(self._rule.read(time.perf_counter() - started, len(flights)))
+            self._judge(name, rule.read(time.perf_counter() - started, len(flights)))
         return missing
 
     def _produce(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
         started = time.perf_counter()
-        answers = self._ask_service(requests, step)
+        answers = self._ask_service(name, requests, step)
         left = [i for i, answer in enumerate(answers) if isinstance(answer, ServiceError)]
         if left:
             for i, answer in zip(left, self._encode_here(name, [requests[i] for i in left], step), strict=True):
                 answers[i] = answer
         with self._changed:
             self._encoded += sum(isinstance(answer, dict) for answer in answers)
-        if self._rule is not None:
-            self._judge(self._rule.encoded(time.perf_counter() - started, len(requests)))
+        rule = self._rules.get(name)
+        if rule is not None:
+            self._judge(name, rule.encoded(time.perf_counter() - started, len(requests)))
         return answers
 
-    def _ask_service(self, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+    def _keeps(self, name: str) -> bool:
+        """Whether records of encoder ``name`` are read from the store and kept there."""
+        return self._caching and name not in self._dear
+
+    def _depth(self, name: str) -> int:
+        """How many encoders stand before ``name``."""
+        upstream = self.config.encoders[name].upstream
+        return 1 + self._depth(upstream) if upstream else 0
+
+    def _ask_service(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
         nobody: list[Answer] = [ServiceError("there is no feature service")] * len(requests)
         if self._pool is None or time.monotonic() < self._pool_again_at:
             return nobody
-        answers = self._pool.encode(requests, step, keep=self._caching)
+        answers = self._pool.encode(requests, step, keep=self._keeps(name))
         unanswered = [answer for answer in answers if isinstance(answer, ServiceError)]
         if unanswered:
             self._pool_again_at = time.monotonic() + _SERVICE_AGAIN_S
@@ -314,7 +333,7 @@ class FeatureClient:
         # No lock of ours from here on: a chain calls `get` again, which may wait for another thread's encoding.
         with events.span("encode", encoder=name, inputs=len(requests), step=step, where="here"):
             answers = self._encoders[name].encode(requests)
-        if self._caching:
+        if self._keeps(name):
             kept = [(r, a) for r, a in zip(requests, answers, strict=True) if isinstance(a, dict)]
             try:
                 self.sink.put([request for request, _ in kept], [record for _, record in kept])
@@ -325,11 +344,12 @@ class FeatureClient:
                 self._refused += len(kept)
         return as_stored(answers, self.config)
 
-    def _judge(self, verdict: str) -> None:
+    def _judge(self, name: str, verdict: str) -> None:
         if verdict:
-            self._caching, self._rule = False, None
-            events.emit("do_not_cache", time.time(), time.time(), reason=verdict)
-            _log.warning("%s", verdict)
+            self._dear.add(name)
+            self._rules.pop(name, None)
+            events.emit("do_not_cache", time.time(), time.time(), encoder=name, reason=verdict)
+            _log.warning("encoder %s: %s", name, verdict)
 
     def _report(self, *, force: bool = False) -> None:
         with self._changed:
@@ -363,7 +383,7 @@ class FeatureClient:
             fitting = max(1, (self.config.cache.lookahead_bytes - self._ahead_bytes) // nbytes)
             batch = batch[:fitting]
             keys = key_array([request.key for _, _, request in batch])
-            cached = self.sink.namespace(first).contains(keys) if self._caching else [False] * len(batch)
+            cached = self.sink.namespace(first).contains(keys) if self._keeps(first) else [False] * len(batch)
             flights = []
             for (step, _, request), there in zip(batch, cached, strict=True):
                 del self._queued[_name(request)]

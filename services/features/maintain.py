@@ -26,9 +26,18 @@ from services.features.requests import encoder_config, feature_requests
 from services.features.sink import StoreSink
 from services.features.store import FeatureStore
 from services.features.text_table import megabytes, text_table
+from services.streams.inputs import entry_kinds, used_encoders
 
 Progress = Callable[[int, int], None]
 """Called with the inputs done and the inputs in all."""
+
+
+def chosen_encoders(config: RunConfig, encoder: str = "") -> tuple[str, ...]:
+    """``encoder``, or without one all encoders that the recipe reads. ConfigError when there is no such encoder."""
+    names = (encoder,) if encoder else used_encoders(config)
+    for name in names:
+        encoder_config(name, config)
+    return names
 
 
 # --- warm ------------------------------------------------------------------------------------------------------------
@@ -76,13 +85,15 @@ def warm(
 ) -> WarmReport:
     """Encode every picture of a source (of ``splits``, or all) whose features are not stored yet.
 
-    What is stored is left out, so an interrupted run goes on where it stopped. ``encoder`` defaults to the recipe's.
-    ConfigError for an encoder whose inputs depend on the plan (sets of views, texts).
+    What is stored is left out, so an interrupted run goes on where it stopped. ``encoder`` defaults to the recipe's
+    (its first, where it has several). Where the recipe reads it for scenes alone, items are left out, and the other
+    way round. ConfigError for an encoder whose inputs depend on the plan (sets of views, texts).
     """
-    name = encoder or config.recipe.features
+    name = chosen_encoders(config, encoder)[0]
     _pictures_only(name, config)
     started = time.monotonic()
-    requests = [r for sample in _samples(source, manifest, splits) for r in _of(sample, manifest, name, config)]
+    samples = _samples(source, manifest, splits, entry_kinds(config, name))
+    requests = [r for sample in samples for r in _of(sample, manifest, name, config)]
     client = FeatureClient(config, store, pool=pool)
     # As many at a time as keep the encoder, or all replicas, busy.
     size = max(1, encoder_config(name, config).batch_size) * max(1, 2 * config.service.replicas)
@@ -125,8 +136,11 @@ def _pictures_only(name: str, config: RunConfig) -> None:
     return None
 
 
-def _samples(source: str, manifest: Any, splits: Sequence[str]) -> Iterator[PlanSample]:
+def _samples(source: str, manifest: Any, splits: Sequence[str], kinds: Collection[str]) -> Iterator[PlanSample]:
+    """Every entry with pictures, as one sample; ``kinds`` of entries, or all where the recipe reads none of them."""
     for entry in manifest.entries:
+        if kinds and entry.kind not in kinds:
+            continue
         if not splits or (entry.split is not None and str(entry.split) in splits):
             views = tuple(ViewRole(index=index) for index in range(entry.n_views))
             if views:
@@ -269,9 +283,10 @@ def verify(
 ) -> VerifyReport:  # fmt: skip
     """Encode a random sample of the stored inputs again and compare. Catches drift that no digest sees.
 
+    ``encoder`` defaults to the recipe's (its first, where it has several).
     Inputs are found by the journal; those whose file changed since are counted and left out.
     """
-    name = encoder or config.recipe.features
+    name = chosen_encoders(config, encoder)[0]
     with closing(StoreSink(config, store)) as sink:  # lets go of its lease, so that a later gc may remove
         return _verify(config, sink.namespace(name), name, sample, seed, tolerance)
 

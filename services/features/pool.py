@@ -52,16 +52,18 @@ class ReplicaShell:
         if events_folder:
             logs.record(Path(events_folder), name)
         store = open_store(config)
-        sink = StoreSink(config, store) if store is not None else None
-        self._worker = EncoderWorker(
-            config,
-            sink,
-            upstream=lambda n: StoredUpstream(n, config, sink) if config.encoders[n].upstream else None,
-        )
+        self._config, self._sink = config, StoreSink(config, store) if store is not None else None
+        self._worker = EncoderWorker(config, self._sink, upstream=self._upstream)
 
     def encode(self, requests: Sequence[FeatureRequest], step: int, keep: bool) -> list[Answer]:
         """See EncoderWorker.encode."""
         return self._worker.encode(requests, step, keep=keep)
+
+    def _upstream(self, name: str) -> StoredUpstream | None:
+        """What a chained encoder reads; the weights of the encoder before it are those that serve requests."""
+        if not self._config.encoders[name].upstream:
+            return None
+        return StoredUpstream(name, self._config, self._sink, encoders=self._worker.encoder)
 
     def stats(self) -> WorkerStats:
         """See EncoderWorker.stats."""

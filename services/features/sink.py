@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.schema import RunConfig
@@ -83,11 +83,20 @@ class StoreSink:
 
 
 class StoredUpstream:
-    """Records that a chained encoder reads, on the encoder side: from the store, else encoded here and kept."""
+    """Records that a chained encoder reads, on the encoder side: from the store, else encoded here and kept.
 
-    def __init__(self, name: str, config: RunConfig, sink: StoreSink | None) -> None:
+    ``encoders`` gives an encoder that is there already, by name: several chains, and requests for the encoder itself,
+    then share its weights. By default it is made here.
+    """
+
+    def __init__(
+        self, name: str, config: RunConfig, sink: StoreSink | None, *, encoders: Callable[[str], Any] | None = None
+    ) -> None:
         self.name = config.encoders[name].upstream
         self._config, self._sink = config, sink
+        if encoders is not None:
+            self._encoder = encoders(self.name)
+            return
         before = StoredUpstream(self.name, config, sink) if config.encoders[self.name].upstream else None
         self._encoder = Encoder(self.name, config, upstream=before)
 

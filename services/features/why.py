@@ -12,6 +12,7 @@ from services.contracts import FeatureRequest, ImageRef, PlanSample, ViewRole
 from services.errors import DataError
 from services.features import journal
 from services.features.keys import namespace_identity
+from services.features.maintain import chosen_encoders
 from services.features.requests import feature_requests
 from services.features.sink import StoreSink
 from services.features.store import FeatureStore
@@ -68,9 +69,9 @@ def why(
 ) -> WhyReport:
     """Look up ``sample`` (``source/item``, with ``#n`` as in a plan or ``:view`` for one view) and explain a miss.
 
-    DataError when no source has such an item.
+    ``encoder`` defaults to the recipe's (its first, where it has several). DataError when no source has such an item.
     """
-    name = encoder or config.recipe.features
+    name = chosen_encoders(config, encoder)[0]
     planned, manifest = _find(sample, manifests)
     requests = feature_requests(planned, manifest, name, config)
     with closing(StoreSink(config, store)) as sink:

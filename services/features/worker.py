@@ -173,7 +173,7 @@ class EncoderWorker:
     def _encode(self, batch: list[_Job]) -> None:
         name = batch[0].request.encoder
         started = time.time()
-        outcome = supervise.attempt(f"encode {name}", lambda: self._encoder(name).encode([j.request for j in batch]))
+        outcome = supervise.attempt(f"encode {name}", lambda: self.encoder(name).encode([j.request for j in batch]))
         if outcome.failure is None:
             answers: Sequence[Answer] = outcome.unwrap()
             self._keep(batch, answers)
@@ -192,7 +192,8 @@ class EncoderWorker:
         for job, answer in zip(batch, answers, strict=True):
             job.answer.set_result(answer)
 
-    def _encoder(self, name: str) -> Any:
+    def encoder(self, name: str) -> Any:
+        """The encoder of that name, made at its first use; only for the thread that runs encoders, as a chain does."""
         if name not in self._encoders:
             self._encoders[name] = self._make(name, self.config, upstream=self._upstream(name))
         return self._encoders[name]

@@ -14,6 +14,7 @@ from configs.validate import ROLES
 
 ALL, CONTEXT, TARGET = "all", "context", "target"
 
+_ITEM_KINDS = frozenset({"item", "conversation"})
 _VIEW_AXES: Mapping[str, tuple[int | None, ...]] = {"view": (), "pair": (2,), "generation": (2,)}
 
 
@@ -200,3 +201,14 @@ def used_encoders(config: RunConfig, role: str | None = None) -> tuple[str, ...]
             for feature in inputs[kind].features if kind in inputs else ():
                 names |= dict.fromkeys(feature.encoders)
     return tuple(names)
+
+
+def entry_kinds(config: RunConfig, encoder: str) -> frozenset[str]:
+    """Kinds of entries of a manifest (scene, item) whose pictures ``encoder`` reads in this run."""
+    found = set()
+    for role in recipe_roles(config):
+        inputs = kind_inputs(config, role)
+        for kind in wanted_kinds(config):
+            if kind in inputs and any(encoder in feature.encoders for feature in inputs[kind].features):
+                found.add("item" if kind in _ITEM_KINDS else "scene")
+    return frozenset(found)

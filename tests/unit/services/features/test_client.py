@@ -368,13 +368,14 @@ def test_auto_mode_stops_caching_on_the_verdict(make_config, make_requests, tmp_
     config, requests = make_config(cache={"mode": "auto"}), make_requests(2)
     events.configure(tmp_path / "events", "test")
     client = FeatureClient(config, open_store(config))
-    client._rule = MeasuredRule(enough=1)
+    name = requests[0].encoder
+    rule = client._rules[name] = MeasuredRule(enough=1)
     for figures in ((9.0, 1), (1e-9, 1)):
-        client._judge(client._rule.encoded(*figures))
+        client._judge(name, rule.encoded(*figures))
     client.get(requests, 0)
     client.sink.flush()
     assert client.caching
-    client._rule._encodes = [1e-9]
+    rule._encodes = [1e-9]
     client.get(requests, 1)  # a read, slower than that
     assert not client.caching
     client.get(requests, 2)
@@ -382,6 +383,7 @@ def test_auto_mode_stops_caching_on_the_verdict(make_config, make_requests, tmp_
     assert client.stats.misses == 4
     said = [e for e in events.read(tmp_path / "events") if e["what"] == "do_not_cache"]
     assert len(said) == 1
+    assert said[0]["encoder"] == name
     assert "ms" in said[0]["reason"]
     events.configure(None, "")
     client.close()

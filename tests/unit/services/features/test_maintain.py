@@ -29,9 +29,12 @@ class Source:
 
     def __init__(self, requests):
         self.requests = requests
+        parts = (("s0", Split.TRAIN, requests[:3]), ("s1", Split.VAL, requests[3:5]))
         self.entries = [
-            SimpleNamespace(id="s0", split=Split.TRAIN, n_views=3, digests=tuple(r.digests[0] for r in requests[:3])),
-            SimpleNamespace(id="s1", split=Split.VAL, n_views=2, digests=tuple(r.digests[0] for r in requests[3:5])),
+            SimpleNamespace(
+                id=name, kind="scene", split=split, n_views=len(part), digests=tuple(r.digests[0] for r in part)
+            )
+            for name, split, part in parts
         ]
 
     def __len__(self):
