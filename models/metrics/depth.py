@@ -1,16 +1,29 @@
-"""Depth accuracy as published: AbsRel and the share within a factor of 1.25, after aligning medians per frame."""
+"""Depth accuracy as published: AbsRel and the share within a factor of 1.25, after an alignment that has a name.
+
+Single frames: the medians of each frame are made equal (the protocol on NYU-v2), or nothing is aligned (metric
+depth). Video: one alignment for a whole sequence (:class:`VideoDepthMetrics`); see :mod:`models.metrics.alignment`
+for the alignments there are. Means are weighted by valid pixels (MonST3R's evaluation).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from models.metrics.alignment import ALIGNMENTS, median_scale
+
+#: One alignment a sequence: the default of video depth.
+VIDEO_ALIGNMENT = "least_squares_scale_shift"
+#: Video alignments that are reported beside each other, since papers do not say which of them they used.
+VIDEO_ALIGNMENTS = (VIDEO_ALIGNMENT, "least_squares_scale", "median_scale")
+
 
 @dataclass
 class DepthMetrics:
-    """Sums over frames; means are weighted by each frame's valid pixels (MonST3R's evaluation).
+    """Sums over frames; means are weighted by each frame's valid pixels.
 
     A frame without valid pixels is left out.
     """
@@ -20,25 +33,29 @@ class DepthMetrics:
     pixels: float = 0.0
     frames: int = 0
 
-    def update(self, predicted: Tensor, true: Tensor, *, align: bool = True) -> None:
+    def update(self, predicted: Tensor, true: Tensor, *, align: bool = True, max_depth: float | None = None) -> None:
         """Add frames.
 
         Args:
             predicted: (B, H, W) positive depths, any scale if ``align``.
             true: (B, H, W) metres; 0 or non-finite is unknown.
             align: scale each frame so that the medians over its valid pixels agree (torch's lower median).
+            max_depth: true depths of at least this are unknown as well (Bonn: 70 m).
         """
         for p, t in zip(predicted.double(), true.double(), strict=True):
-            valid = torch.isfinite(t) & (t > 0)
+            valid = valid_depth(t, max_depth)
             if not valid.any():
                 continue
             p, t = p[valid], t[valid]
-            if align:
-                p = p * (t.median() / p.median())
-            self.abs_rel_sum += float(((p - t).abs() / t).sum())
-            self.delta1_sum += float((torch.maximum(p / t, t / p) < 1.25).sum())
-            self.pixels += t.numel()
-            self.frames += 1
+            self.add(p * median_scale(p, t)[0] if align else p, t, frames=1)
+
+    def add(self, predicted: Tensor, true: Tensor, *, frames: int) -> None:
+        """Add aligned depths (P,) and true ones (P,) of valid pixels. A depth of at most 0 is never within 1.25."""
+        self.abs_rel_sum += float(((predicted - true).abs() / true).sum())
+        close = torch.maximum(predicted / true, true / predicted) < 1.25
+        self.delta1_sum += float((close & (predicted > 0)).sum())
+        self.pixels += true.numel()
+        self.frames += frames
 
     def merge(self, other: DepthMetrics) -> None:
         """Add what another rank saw."""
@@ -52,3 +69,57 @@ class DepthMetrics:
         if not self.pixels:
             return {}
         return {"abs_rel": self.abs_rel_sum / self.pixels, "delta1": self.delta1_sum / self.pixels}
+
+
+class VideoDepthMetrics:
+    """Depth of videos, each aligned once as a whole, under one or several alignments at a time.
+
+    Args:
+        alignments: names in :data:`models.metrics.alignment.ALIGNMENTS`. The first is also reported without its name.
+        max_depth: true depths of at least this are unknown.
+    """
+
+    def __init__(self, alignments: Sequence[str] = VIDEO_ALIGNMENTS, *, max_depth: float | None = None) -> None:
+        unknown = sorted(set(alignments) - set(ALIGNMENTS))
+        if unknown or not alignments:
+            raise ValueError(f"unknown alignments {unknown}; there are {', '.join(ALIGNMENTS)}")
+        self.sums = {name: DepthMetrics() for name in alignments}
+        self.max_depth = max_depth
+        self.sequences = 0
+
+    def update(self, predicted: Tensor, true: Tensor) -> None:
+        """Add one whole sequence: (T, H, W) depths of any scale, (T, H, W) metres (0 or non-finite is unknown).
+
+        A sequence without a valid pixel is left out.
+        """
+        predicted, true = predicted.double(), true.double()
+        valid = valid_depth(true, self.max_depth)
+        if not valid.any():
+            return
+        frames = int(valid.flatten(1).any(1).sum())
+        p, t = predicted[valid], true[valid]
+        for name, metrics in self.sums.items():
+            scale, shift = ALIGNMENTS[name](p, t)
+            metrics.add(p * scale + shift, t, frames=frames)
+        self.sequences += 1
+
+    def merge(self, other: VideoDepthMetrics) -> None:
+        """Add what another rank saw."""
+        for name, metrics in self.sums.items():
+            metrics.merge(other.sums[name])
+        self.sequences += other.sequences
+
+    def compute(self) -> dict[str, float]:
+        """``abs_rel/<alignment>``, ``delta1/<alignment>``, and both without a name for the first alignment."""
+        numbers: dict[str, float] = {}
+        for name, metrics in self.sums.items():
+            values = metrics.compute()
+            numbers = numbers or dict(values)
+            numbers |= {f"{score}/{name}": value for score, value in values.items()}
+        return numbers
+
+
+def valid_depth(true: Tensor, max_depth: float | None = None) -> Tensor:
+    """Where a true depth is known: finite, above 0, and below ``max_depth`` where that is given."""
+    valid = torch.isfinite(true) & (true > 0)
+    return valid if max_depth is None else valid & (true < max_depth)
