@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.encoders.hf import quiet_transformers
-from models.encoders.weights import resolve_folder
 from models.errors import ModelError, WeightsError
 
 if TYPE_CHECKING:
@@ -51,14 +50,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         return _byte_tokenizer()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = resolve_folder(name)
-    if not (Path(folder) / "tokenizer_config.json").is_file() and not (Path(folder) / "tokenizer.json").is_file():
-        raise WeightsError(f"tokenizer {name!r}: {folder} holds neither tokenizer.json nor tokenizer_config.json")
+    path = Path(name).expanduser()
+    is_local = path.is_absolute() or path.is_dir() or name.startswith(".")
+    # Without its file transformers would make an empty tokenizer for some families, and every word "unknown".
+    if is_local and not (path / "tokenizer.json").is_file():
+        raise WeightsError(f"tokenizer {name!r}: {path} has no tokenizer.json; give the folder of a language model")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(path) if is_local else name)
     except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"tokenizer {name!r}: {folder} holds none that can be loaded ({error})") from error
+        raise WeightsError(
+            f'tokenizer {name!r} cannot be loaded; give "bytes", a folder with tokenizer.json, or a hub name that can '
+            f"be had here: {error}"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"tokenizer {name!r} is a {type(tokenizer).__name__}; one with a tokenizer.json is needed")
     if not tokenizer.chat_template:

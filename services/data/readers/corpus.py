@@ -7,8 +7,8 @@
   part: an image, and ``.txt`` (caption), ``.cls`` (label) or ``.json`` (a record as below).
 - ``json``: one ``.json`` list of records in LLaVA's form, ``{"id", "image": name or names, "conversations": [{"from":
   "human" | "gpt" | "system", "value"}]}``.
-- ``jsonl``: such a record a line, in one file or (where ``layout`` is given) in all ``*.jsonl`` below a folder; also with
-  ``messages`` ([{"role", "content"}]), or ``text`` / ``caption``.
+- ``jsonl``: such a record a line, in one file or (where ``layout`` is given) in all ``*.jsonl`` below a folder; also
+  with ``messages`` ([{"role", "content"}]), or ``text`` / ``caption``.
 - ``parquet``: ``*.parquet`` with the same fields as columns; ``image`` holds bytes, a struct with ``bytes`` and
   ``path``, or a path.
 
