@@ -1,0 +1,67 @@
+"""Fully sharded data parallel (torch's ``fully_shard``): weights, gradients and moments lie in parts on the ranks.
+
+Every block that the role names is gathered by itself, the rest together. Each backward reduces and scatters at once,
+which is right in every order of forwards and backwards and of kinds of micro-batch. Zhao et al. 2023, "PyTorch FSDP".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from actors.trainers.backends.ddp import DdpBackend
+from actors.trainers.optim import gradient_norm
+from models.spec import RoleSpec
+
+
+class Fsdp2Backend(DdpBackend):
+    """Weights in parts over ``group`` (None: the default group, which must be initialised)."""
+
+    sharded = True
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | None = None,
+        *,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        super().__init__(device, group)
+        self._reshard = reshard_after_forward
+
+    def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:
+        """Give every rank the weights of rank 0, then keep this rank's part of each."""
+        module = super()._place(module, role)
+        mesh = self._mesh()
+        # Inner blocks first: what a block has sharded is no longer its parent's to shard.
+        for child in reversed(list(module.modules())):
+            if type(child).__name__ in role.checkpointed and child is not module:
+                fully_shard(child, mesh=mesh, reshard_after_forward=self._reshard)
+        fully_shard(module, mesh=mesh, reshard_after_forward=self._reshard)
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                # Losses are shares of the global mean already: the sum over the ranks is the gradient. A plain sum,
+                # because gloo has no operation that scales as it adds.
+                child.set_gradient_divide_factor(1.0)
+                child.set_force_sum_reduction_for_comms(True)
+        return module
+
+    def _mesh(self) -> DeviceMesh:
+        if self.group is None:
+            return init_device_mesh(self.device.type, (self.world_size,))
+        return DeviceMesh.from_group(self.group, self.device.type)
+
+    def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum ``extra``; the gradients were summed by every backward. Returns that sum, and the norm."""
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world_size > 1:
+            message = extra.to(self.device)
+            dist.all_reduce(message, group=self.group)
+            extra = message.cpu()
+        return extra, gradient_norm(parameters)

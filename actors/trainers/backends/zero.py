@@ -1,0 +1,236 @@
+"""ZeRO stages 2 and 3 by DeepSpeed: gradients and moments, with stage 3 the weights too, lie in parts on the ranks.
+
+The only place that knows DeepSpeed. Its engine makes the optimiser and the hooks; the loop calls the module itself, and
+this class brackets each backward pass. Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion
+Parameter Models".
+
+Pitfalls that were measured, and what is done about them here:
+
+* Forwards that run ahead of backwards let gradients be overwritten, because DeepSpeed counts a new micro-batch at a
+  forward pass: it is counted before each backward instead (:meth:`ZeroBackend.backward`).
+* Stage 3 adds onto the last step's gradient of a parameter that takes no part in a step's first micro-batch: the
+  buffers are emptied at the start of each step (:meth:`ZeroBackend.zero_grad`).
+* It averages over ranks and micro-batches, and clips to 1 unless told otherwise: the loss is multiplied by the number
+  of ranks, nothing is divided by the number of micro-batches, clipping is always set.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from actors.trainers.backends.base import Edge, combine
+from actors.trainers.backends.ddp import DdpBackend
+from actors.trainers.optim import build_optimizer, set_rate
+from actors.trainers.tensors import assign, saved_tensors, trainable, whole
+from configs import ConfigError
+from configs.schema import TrainerConfig
+from models.spec import RoleSpec
+
+_VERSIONS = ("0.19.",)
+"""Releases of DeepSpeed whose inside this module was written against; it needs more than the public interface."""
+
+
+class ZeroBackend(DdpBackend):
+    """ZeRO over the default process group, which must be initialised."""
+
+    sharded = True
+
+    def __init__(
+        self, device: torch.device | str = "cpu", *, stage: int = 2, persistence_threshold: int = 100_000
+    ) -> None:
+        super().__init__(device)
+        self.stage = stage
+        self._persistence_threshold = persistence_threshold
+        self._backwards = 0
+
+    def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
+        """Give every rank the weights of rank 0 and hand them to DeepSpeed, with an AdamW as other backends have it.
+
+        ConfigError for what stage 3 cannot do.
+        """
+        if self.stage == 3 and config.ema:
+            raise ConfigError(
+                f"trainer.ema={config.ema}: no rank of backend.name=zero3 holds the weights that would be averaged; "
+                "set trainer.ema=0, or choose backend=zero2 or backend=fsdp2"
+            )
+        deepspeed = _import(self.device)
+        self._module = self._place(module, role)
+        self._parameters = trainable(self._module)
+        engine, self._zero, *_ = deepspeed.initialize(
+            model=self._module,
+            optimizer=build_optimizer(self._module, config, role.no_decay),
+            config=self._settings(config),
+        )
+        self._engine: Any = engine
+        self._optimizer = self._zero.optimizer
+        return self._module
+
+    def _settings(self, config: TrainerConfig) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.device.type != "cpu"}
+        if self.stage == 3:
+            zero |= {
+                "stage3_param_persistence_threshold": self._persistence_threshold,
+                # A module used by one kind of micro-batch only would break the order that prefetching learnt.
+                "stage3_prefetch_bucket_size": 0,
+            }
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # required, of no effect: the loss is ours
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # a step may have any number of backward passes
+            "gradient_clipping": config.clip_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**12,
+            "wall_clock_breakdown": False,
+        }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, also of parameters that will take no part in the first micro-batch."""
+        zero = self._zero
+        zero.zero_grad(set_to_none=True)
+        self._backwards = 0
+        if self.stage == 3:
+            for group in zero.averaged_gradients.values():
+                for partition in group or ():
+                    partition.zero_()
+        else:
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+            zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+
+    def backward(self, loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
+        """Accumulate one micro-batch, whatever forward passes were made since the last."""
+        scalar = combine(loss, edges)
+        if scalar is None:
+            return
+        self._zero.clear_backward_seen_flag()
+        self._engine._backward_prologue()
+        self._engine.backward(scalar * self.world_size, scale_wrt_gas=False)
+        self._backwards += 1
+
+    def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete the gradients, which were summed by every backward; returns the sum of ``extra``, and the norm."""
+        zero = self._zero
+        if not self._backwards:
+            zero.independent_gradient_partition_epilogue()  # makes gradients of zero
+        zero.finalize_gradient_accumulation_boundary()
+        parts = [part for group in zero.averaged_gradients.values() for part in group]
+        squares = torch.stack([part.double().square().sum() for part in parts]).sum()
+        message = torch.cat([squares[None], extra.to(squares)])
+        if self.world_size > 1:
+            dist.all_reduce(message, group=self.group)
+        return message[1:].cpu(), message[0].sqrt().float()
+
+    def update(self, rate: float, norm: Tensor, limit: float) -> None:  # noqa: ARG002  it measures the norm again
+        """Clip and step."""
+        set_rate(self._optimizer, rate)
+        self._zero.clip_grad = limit
+        self._zero.step()
+
+    # -- what a checkpoint holds -----------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters and buffers, whole, on CPU."""
+        with self._gathered():
+            return whole(saved_tensors(self._module))
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`weights` gave, into the optimiser's own copy too."""
+        with self._gathered(write=True):
+            for name, target in saved_tensors(self._module).items():
+                assign(target, tensors[name])
+        self._zero.refresh_fp32_params()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's moments as ``<parameter>/<field>``, whole."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        fields = self._fields()
+        if not fields:
+            return {}
+        self._link_moments()
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for field, value in fields.items():
+                whole_value = value if value.ndim == 0 else safe_get_full_optimizer_state(parameter, field)
+                state[f"{name}/{field}"] = whole_value
+        return whole(state)
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`optimizer_state` gave."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._optimizer.state.clear()
+        if not tensors:
+            return
+        # All parameters have made as many steps, so one counter serves a whole partition.
+        steps = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if value.ndim == 0}
+        moments = {key.rsplit("/", 1)[1] for key, value in tensors.items() if value.ndim}
+        for partition in self._partitions():
+            self._optimizer.state[partition] = {field: value.clone() for field, value in steps.items()} | {
+                field: torch.zeros_like(partition) for field in sorted(moments)
+            }
+        self._link_moments()
+        for name, parameter in self._parameters.items():
+            for field in sorted(moments):
+                value = tensors[f"{name}/{field}"].to(self.device)
+                safe_set_full_optimizer_state(parameter, value, field)
+
+    def _link_moments(self) -> None:
+        """Tell stage 2's parameters where their moments lie.
+
+        It does so itself after the step of its first group, when the other groups have none yet.
+        """
+        if self.stage == 2:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _partitions(self) -> list[Tensor]:
+        """The flat parameters that the optimiser works on: this rank's part of each group."""
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _fields(self) -> dict[str, Tensor]:
+        """Fields of the optimiser's state, from any of its partitions; empty before the first step."""
+        for partition in self._partitions():
+            if self._optimizer.state.get(partition):
+                return dict(self._optimizer.state[partition])
+        return {}
+
+    @contextmanager
+    def _gathered(self, *, write: bool = False) -> Iterator[None]:
+        """Within the block, parameters are whole on every rank; with ``write``, what is written stays."""
+        if self.stage == 2:
+            with torch.no_grad():
+                yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self._parameters.values()), modifier_rank=0 if write else None), torch.no_grad():
+            yield
+
+
+def _import(device: torch.device) -> Any:
+    """DeepSpeed, told first which kind of device this process has. ConfigError for a release that is not known."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The device of this process: DeepSpeed refuses to start without it, and on CUDA selects the device of that index.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    import deepspeed
+
+    if not deepspeed.__version__.startswith(_VERSIONS):
+        raise ConfigError(
+            f"backend.name=zero2 and zero3 need DeepSpeed {_VERSIONS[0]}x, {deepspeed.__version__} is installed; "
+            "install that release, or choose backend=fsdp2"
+        )
+    # An all-reduce in shared memory that only inference calls; it would be compiled here, by all ranks at once.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

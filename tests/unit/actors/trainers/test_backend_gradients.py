@@ -1,0 +1,82 @@
+"""Every backend against plain autograd in one process: norms, weights and moments over four steps.
+
+For every order of two kinds of micro-batch and every window, since this is where distributed backends go wrong in
+silence. The ranks are plain processes; one set of them runs all cases of a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.trainers.backends import make_backend
+from configs import ConfigError
+from configs.schema import BackendConfig
+from tests.support.backend_ranks import STEPS, in_ranks, oracle, run_case
+
+ORDERS = ("gq", "qg", "gqgq", "qqgg")
+WINDOWS = (1, 2, 3)
+MATRIX = [(kinds, window) for kinds in ORDERS for window in WINDOWS]
+FEW = [("gq", 1), ("qg", 2), ("gqgq", 3), ("qqgg", 2)]
+BACKENDS = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def run_cases(names: Sequence[str], cases: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """All cases of all backends on this rank. ZeRO-3 partitions even the smallest parameter."""
+    return {
+        f"{name}/{kinds}/{window}": run_case(BackendConfig(name=name, persistence_threshold=0), kinds, window)
+        for name in names
+        for kinds, window in cases
+    }
+
+
+def check(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[tuple[str, int]]) -> None:
+    """Each rank has the oracle's numbers, and exactly those of rank 0."""
+    for kinds, window in cases:
+        expected = oracle(kinds)
+        assert all(norm > 3 for norm in expected["norms"])  # so the limit of 0.3 matters
+        for name in names:
+            first = ranks[0][f"{name}/{kinds}/{window}"]
+            assert first["norms"] == pytest.approx(expected["norms"], rel=1e-5), (name, kinds, window)
+            for what in ("weights", "moments"):
+                for step in range(STEPS):
+                    assert first[what][step].keys() == expected[what][step].keys()
+                    for parameter, value in expected[what][step].items():
+                        torch.testing.assert_close(
+                            first[what][step][parameter],
+                            value,
+                            rtol=1e-5,
+                            atol=1e-6,
+                            msg=lambda text, at=(name, kinds, window, what, step, parameter): f"{at}: {text}",
+                        )
+            for rank in ranks:
+                same = rank[f"{name}/{kinds}/{window}"]
+                assert same["norms"] == first["norms"]
+                world = len(ranks)
+                assert all(extra.tolist() == [world, world * (world - 1) / 2 + 0.25 * world] for extra in same["sums"])
+
+
+def test_single_and_groups_of_one_equal_autograd(tmp_path: Path) -> None:
+    names = ("single", "ddp", "fsdp2")
+    check(in_ranks(run_cases, tmp_path, 1, names, MATRIX), names, MATRIX)
+
+
+@pytest.mark.parametrize("names", [("ddp", "fsdp2"), ("zero2", "zero3")], ids=lambda names: "+".join(names))
+def test_two_ranks_equal_autograd(tmp_path: Path, names: tuple[str, ...]) -> None:
+    check(in_ranks(run_cases, tmp_path, 2, names, FEW), names, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_order_and_window_equals_autograd(tmp_path: Path, name: str, world: int) -> None:
+    check(in_ranks(run_cases, tmp_path, world, [name], MATRIX), [name], MATRIX)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"backend.name='fsdp' is unknown; choose one of single, ddp, fsdp2"):
+        make_backend(BackendConfig(name="fsdp"), "cpu")
