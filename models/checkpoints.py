@@ -23,7 +23,7 @@ class Part:
     of: int
 
     def take(self, whole: Tensor) -> Tensor:
-        """This part of the whole."""
+        """Cut the part out of the whole."""
         return whole.chunk(self.of)[self.index]
 
 

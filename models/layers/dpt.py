@@ -65,7 +65,7 @@ class DPTTrunk(nn.Module):
 
 
 class DPTTail(nn.Module):
-    """Reads a prediction (B, out_channels, H, W) out of the fused map, with ``hidden`` channels before the last layer."""
+    """Reads a prediction (B, out_channels, H, W) out of the fused map; ``hidden`` channels before the last layer."""
 
     def __init__(self, width: int, out_channels: int, hidden: int) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class Rope2d(nn.Module):
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def forward(self, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-        """A function that turns queries or keys (..., N, width) of the tokens of ``grid`` (rows, columns), row by row."""
+        """A function that turns queries or keys (..., N, width) of tokens, row by row of ``grid`` (rows, columns)."""
 
         def rotate(x: Tensor) -> Tensor:
             cosine, sine = self.tables(grid, x.device, x.dtype)
@@ -92,6 +92,6 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
         return apply_rotation(grad, cosine, -sine), None, None

@@ -90,9 +90,7 @@ class _LogNormalisers(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_columns: Tensor, grad_rows: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_columns: Tensor, grad_rows: Tensor) -> tuple[Tensor, Tensor, None, None]:
         first, second, over_columns, over_rows = ctx.saved_tensors
         grad_first, grad_second = torch.empty_like(first), torch.zeros_like(second)
         with torch.autocast(first.device.type, enabled=False):

@@ -69,7 +69,9 @@ def _mast3r(meta: Meta) -> nn.Module:
         raise ValueError(f"head_type={config['head_type']!r}: only catmlp+dpt is MASt3R's")
     rope, outputs = str(config.get("pos_embed", "RoPE100")), str(config.get("output_mode", "pts3d+desc24"))
     if not rope.startswith("RoPE") or not outputs.startswith("pts3d+desc"):
-        raise ValueError(f"pos_embed={rope!r}, output_mode={outputs!r}: allowed are RoPE<base> and pts3d+desc<channels>")
+        raise ValueError(
+            f"pos_embed={rope!r}, output_mode={outputs!r}: allowed are RoPE<base> and pts3d+desc<channels>"
+        )
     modes = {
         ours: (str(config[key][0]), float(config[key][1]), float(config[key][2]))
         for ours, key in (
@@ -96,7 +98,7 @@ def _mast3r(meta: Meta) -> nn.Module:
     )
 
 
-def _run_mast3r(model: nn.Module, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:  # noqa: ARG001
+def _run_mast3r(model: nn.Module, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
     view1, view2 = model(inputs["view1/img"], inputs["view2/img"])
     outputs = {
         f"pred{number}/{'pts3d_in_other_view' if (number, name) == (2, 'pts3d') else name}": tensor
@@ -125,7 +127,7 @@ def _mast3r_losses(view1: Tensors, view2: Tensors, inputs: Mapping[str, Tensor])
     counted = targets.valid | targets.sky
     confidence = torch.stack([view1["conf"], view2["conf"]], dim=1)
     pixels = counted.sum((0, 2, 3)).clamp_min(1)
-    regression = (error.sum((0, 2, 3)) / pixels).sum()
+    surface = torch.where(targets.valid, error, 0.0).sum((0, 2, 3)) / targets.valid.sum((0, 2, 3)).clamp_min(1)
     confident = confidence_regression(error, confidence, counted, CONFIDENCE_ALPHA).sum((0, 2, 3)) / pixels
     ends = [_at(view, inputs[f"view{number}/corres"]) for number, view in ((1, view1), (2, view2))]
     valid = inputs["view1/valid_corres"]
@@ -136,7 +138,7 @@ def _mast3r_losses(view1: Tensors, view2: Tensors, inputs: Mapping[str, Tensor])
     total = confident.sum() + MATCHING_WEIGHT * matching
     return {
         "loss_conf_regr": confident.sum(),
-        "loss_regr_mean": regression,
+        "loss_regr_mean": surface.sum(),
         "loss_conf_match": matching,
         "loss_total": total,
         "loss": total,

@@ -57,9 +57,7 @@ class DualDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.rope = Rope2d(width // heads, rope_base)
 
-    def forward(
-        self, tokens1: Tensor, tokens2: Tensor, grid1: Grid, grid2: Grid
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, tokens1: Tensor, tokens2: Tensor, grid1: Grid, grid2: Grid) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens (B, N, in_width) of both views, row by row of their grids (rows, columns) -> features of each view.
 
         A list holds depth + 1 tensors: what came in (in_width channels), then the output of every block (width

@@ -17,7 +17,8 @@ from models.layers.dpt import DPTTail, DPTTrunk
 class PairHead(nn.Module):
     """A DPT for points and confidence, an MLP for local features, and a tail for colours beside the DPT's own.
 
-    Everything here is computed in float32, whatever autocast says: the exponentials at the end leave bfloat16 no digits.
+    Everything here is computed in float32, whatever autocast says: the exponentials at the end would leave bfloat16 no
+    digits.
 
     Args:
         in_width: channels of the first features (what the decoder was given).
