@@ -29,17 +29,17 @@ class RoleRandom:
             random.seed(key)
             np.random.seed(key)  # noqa: NPY002  libraries draw from the global generator
             torch.manual_seed(key)
-            self._state = _capture()
+            self._state = capture()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the block, the global generators are this role's; outside they are as they were."""
         with _preserved():
-            _restore(self._state)
+            restore(self._state)
             try:
                 yield
             finally:
-                self._state = _capture()
+                self._state = capture()
 
     def snapshot(self) -> Snapshot:
         """The state now, to :meth:`rewind` to in this process."""
@@ -76,7 +76,8 @@ def _tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def _capture() -> dict[str, Any]:
+def capture() -> Snapshot:
+    """The state of Python's, numpy's and torch's global generators."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002
@@ -85,7 +86,8 @@ def _capture() -> dict[str, Any]:
     }
 
 
-def _restore(state: dict[str, Any]) -> None:
+def restore(state: Snapshot) -> None:
+    """Set the global generators to what :func:`capture` gave."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
@@ -95,8 +97,8 @@ def _restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def _preserved() -> Iterator[None]:
-    outside = _capture()
+    outside = capture()
     try:
         yield
     finally:
-        _restore(outside)
+        restore(outside)

@@ -1,0 +1,1 @@
+"""What carries activations and gradients between the roles of a model, and keeps their steps together."""
