@@ -165,8 +165,6 @@ class ZeroBackend(DdpBackend):
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`optimizer_state` gave."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._optimizer.state.clear()
         if not tensors:
             return
@@ -180,8 +178,7 @@ class ZeroBackend(DdpBackend):
         self._link_moments()
         for name, parameter in self._parameters.items():
             for field in sorted(moments):
-                value = tensors[f"{name}/{field}"].to(self.device)
-                safe_set_full_optimizer_state(parameter, value, field)
+                self._set_moment(parameter, field, tensors[f"{name}/{field}"].to(self.device))
 
     def _link_moments(self) -> None:
         """Tell stage 2's parameters where their moments lie.
@@ -191,6 +188,18 @@ class ZeroBackend(DdpBackend):
         if self.stage == 2:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _set_moment(self, parameter: Any, field: str, value: Tensor) -> None:
+        """Put this rank's part of a whole moment where the optimiser has it."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 2:
+            safe_set_full_optimizer_state(parameter, value, field)
+            return
+        # DeepSpeed cuts a whole value only where the ranks divide it; the last parts are padded with zeros otherwise.
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded[self.rank * size : (self.rank + 1) * size], field)
 
     def _partitions(self) -> list[Tensor]:
         """The flat parameters that the optimiser works on: this rank's part of each group."""
