@@ -288,6 +288,13 @@ class FeatureRequest:
     transform: dict[str, Any] = field(default_factory=dict)
     upstream: FeatureRequest | None = None
     """For an encoder of records: the request that makes its input."""
+    pixels: np.ndarray | None = field(default=None, compare=False)
+    """uint8 (H, W, 3): the picture itself, where it was augmented and is in no file; ``digests`` is then of these."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the input will never come again, so that its features are not looked for and not kept."""
+        return self.pixels is not None or (self.upstream is not None and self.upstream.passing)
 
 
 @dataclass

@@ -251,16 +251,17 @@ class FeatureClient:
     # --- fetching ----------------------------------------------------------------------------------------------------
 
     def _fetch(self, flights: Sequence[_Flight], step: int, *, look: bool = True) -> None:
-        by_encoder: dict[str, list[_Flight]] = {}
+        groups: dict[tuple[str, bool], list[_Flight]] = {}
         for flight in flights:
-            by_encoder.setdefault(flight.request.encoder, []).append(flight)
+            groups.setdefault((flight.request.encoder, flight.request.passing), []).append(flight)
         # Encoders of pictures before those that read them: making a record of the latter waits for records of the
         # former, which may be among these very flights, or among those of a thread that does likewise.
-        for name in sorted(by_encoder, key=self._depth):
-            group = by_encoder[name]
-            missing = self._read(name, group) if look and self._keeps(name) else group
+        for name, passing in sorted(groups, key=lambda group: self._depth(group[0])):
+            group = groups[name, passing]
+            keep = self._keeps(name) and not passing
+            missing = self._read(name, group) if look and keep else group
             if missing:
-                answers = self._produce(name, [flight.request for flight in missing], step)
+                answers = self._produce(name, [flight.request for flight in missing], step, keep)
                 for flight, answer in zip(missing, answers, strict=True):
                     flight.answer.set_result(answer)
 
@@ -284,17 +285,17 @@ class FeatureClient:
             self._judge(name, rule.read(time.perf_counter() - started, len(flights)))
         return missing
 
-    def _produce(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+    def _produce(self, name: str, requests: Sequence[FeatureRequest], step: int, keep: bool) -> list[Answer]:
         started = time.perf_counter()
-        answers = self._ask_service(name, requests, step)
+        answers = self._ask_service(requests, step, keep)
         left = [i for i, answer in enumerate(answers) if isinstance(answer, ServiceError)]
         if left:
-            for i, answer in zip(left, self._encode_here(name, [requests[i] for i in left], step), strict=True):
+            for i, answer in zip(left, self._encode_here(name, [requests[i] for i in left], step, keep), strict=True):
                 answers[i] = answer
         with self._changed:
             self._encoded += sum(isinstance(answer, dict) for answer in answers)
         rule = self._rules.get(name)
-        if rule is not None:
+        if rule is not None and keep:
             self._judge(name, rule.encoded(time.perf_counter() - started, len(requests)))
         return answers
 
@@ -307,11 +308,11 @@ class FeatureClient:
         upstream = self.config.encoders[name].upstream
         return 1 + self._depth(upstream) if upstream else 0
 
-    def _ask_service(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+    def _ask_service(self, requests: Sequence[FeatureRequest], step: int, keep: bool) -> list[Answer]:
         nobody: list[Answer] = [ServiceError("there is no feature service")] * len(requests)
         if self._pool is None or time.monotonic() < self._pool_again_at:
             return nobody
-        answers = self._pool.encode(requests, step, keep=self._keeps(name))
+        answers = self._pool.encode(requests, step, keep=keep)
         unanswered = [answer for answer in answers if isinstance(answer, ServiceError)]
         if unanswered:
             self._pool_again_at = time.monotonic() + _SERVICE_AGAIN_S
@@ -325,7 +326,7 @@ class FeatureClient:
         self._pool_gone = bool(unanswered)
         return answers
 
-    def _encode_here(self, name: str, requests: Sequence[FeatureRequest], step: int) -> list[Answer]:
+    def _encode_here(self, name: str, requests: Sequence[FeatureRequest], step: int, keep: bool) -> list[Answer]:
         with self._make_lock:
             if name not in self._encoders:
                 upstream = (lambda r: self.get(r, step)) if self.config.encoders[name].upstream else None
@@ -333,7 +334,7 @@ class FeatureClient:
         # No lock of ours from here on: a chain calls `get` again, which may wait for another thread's encoding.
         with events.span("encode", encoder=name, inputs=len(requests), step=step, where="here"):
             answers = self._encoders[name].encode(requests)
-        if self._keeps(name):
+        if keep:
             kept = [(r, a) for r, a in zip(requests, answers, strict=True) if isinstance(a, dict)]
             try:
                 self.sink.put([request for request, _ in kept], [record for _, record in kept])

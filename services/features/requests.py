@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from configs.schema import EncoderConfig, RunConfig
 from models.encoders.base import InputKind
@@ -37,19 +40,26 @@ def feature_requests(
     config: RunConfig,
     *,
     transform: Mapping[str, Any] | None = None,
+    pixels: Sequence[np.ndarray] | None = None,
 ) -> list[FeatureRequest]:
     """What ``sample`` needs of an encoder: one request a view, or one for all views where it reads them together.
 
-    ``transform`` holds per-sample parameters of the preprocessing; they are part of the key. DataError when the
-    sample names a view that its scene does not have, or the encoder takes text (see :func:`text_request`).
+    ``transform`` holds per-sample parameters of the preprocessing; they are part of the key. ``pixels`` are pictures
+    uint8 (H, W, 3) that stand for those of the views (they were augmented), for encoders that read one at a time;
+    their content is the key. DataError when the sample names a view that its scene does not have, or the encoder
+    takes text (see :func:`text_request`).
     """
     settings = encoder_config(encoder_name, config)
     kind = input_kind(settings.family)
     if kind is InputKind.TEXT:
         raise DataError(f"encoder {encoder_name!r} takes text; sample {sample.id!r} gives it pictures")
     if kind is InputKind.RECORD:
-        before = feature_requests(sample, manifest, settings.upstream, config, transform=transform)
+        before = feature_requests(sample, manifest, settings.upstream, config, transform=transform, pixels=pixels)
         return [_chained(encoder_name, request) for request in before]
+    if pixels is not None:
+        if kind is not InputKind.IMAGE:
+            raise ConfigError(f"encoder {encoder_name!r} reads {kind}; data.augment is for encoders of single pictures")
+        return [_shown(sample, encoder_name, picture, transform) for picture in pixels]
     images, digests = _pictures(sample, manifest)
     if kind is InputKind.IMAGE:
         # The role of a single picture changes nothing of its features, so it stays out of the key.
@@ -108,6 +118,22 @@ def _request(
         digests=digests,
         roles=roles,
         transform=dict(transform or {}),
+    )
+
+
+def _shown(
+    sample: PlanSample, encoder_name: str, picture: np.ndarray, transform: Mapping[str, Any] | None
+) -> FeatureRequest:
+    """A request that carries its picture."""
+    shape = "x".join(str(axis) for axis in picture.shape)
+    digest = hashlib.sha256(f"pixels {shape} ".encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+    return FeatureRequest(
+        key=feature_key([digest], transform=transform),
+        encoder=encoder_name,
+        sample_id=sample.id,
+        digests=(digest,),
+        transform=dict(transform or {}),
+        pixels=picture,
     )
 
 

@@ -102,7 +102,7 @@ class StoredUpstream:
 
     def __call__(self, requests: Sequence[FeatureRequest]) -> list[Answer]:
         """One answer a request, in order."""
-        if self._sink is None:
+        if self._sink is None or all(request.passing for request in requests):
             return as_stored(self._encoder.encode(requests), self._config)
         stored: list[Answer | None] = list(
             self._sink.namespace(self.name).get_many([request.key for request in requests])
@@ -111,7 +111,7 @@ class StoredUpstream:
         answers = self._encoder.encode([requests[i] for i in missing])
         for i, answer, given in zip(missing, answers, as_stored(answers, self._config), strict=True):
             stored[i] = given
-            if isinstance(answer, dict):
+            if isinstance(answer, dict) and not requests[i].passing:
                 self._sink.put([requests[i]], [answer])
         return [answer for answer in stored if answer is not None]
 

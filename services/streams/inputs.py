@@ -203,6 +203,19 @@ def used_encoders(config: RunConfig, role: str | None = None) -> tuple[str, ...]
     return tuple(names)
 
 
+def augmented_kinds(config: RunConfig, inputs: Inputs) -> frozenset[str]:
+    """Kinds whose pictures ``data.augment`` changes while training: those that a trained network reads itself.
+
+    What frozen encoders make of them is then made anew each time, from the changed pictures, and not cached.
+    """
+    with_pixels = frozenset(kind for kind, made in inputs.items() if "image" in made.targets)
+    if not with_pixels:
+        return with_pixels
+    from services.data.augment import Augment
+
+    return with_pixels if Augment(config.data.augment).active else frozenset()
+
+
 def entry_kinds(config: RunConfig, encoder: str) -> frozenset[str]:
     """Kinds of entries of a manifest (scene, item) whose pictures ``encoder`` reads in this run."""
     found = set()

@@ -22,7 +22,7 @@ from configs import RunConfig
 from services.contracts import FeatureKey, FeatureRequest, Lookups, MicroBatch, PlanSample, Record
 from services.errors import CacheError, DataError
 from services.streams.collate import Collate, Slot
-from services.streams.inputs import Inputs, kind_inputs
+from services.streams.inputs import Inputs, augmented_kinds, kind_inputs
 from services.streams.ledger import Ledger
 from services.streams.plan import EpochPlan, check_world_size, draw_key
 from services.streams.requests import ColumnRequests, column_requests
@@ -153,6 +153,9 @@ class Loader:
         self._targets = targets
         self._inputs = kind_inputs(config) if inputs is None else inputs
         self._texts = texts
+        # A pass over a whole split judges; what it judges by does not change.
+        augmented = targets is not None and not plan.complete
+        self._augmented = augmented_kinds(config, self._inputs) if augmented else frozenset[str]()
         self._seed = plan.seed
         self._ledger = ledger
         self._reuse = reuse
@@ -235,6 +238,8 @@ class Loader:
             return
         requests: list[FeatureRequest] = []
         for batch in self._mine(planned):
+            if batch.kind in self._augmented:
+                continue  # what the encoders will be asked for is only known when the pictures are made
             for sample in batch.samples:
                 self._wanted[planned.plan.step, sample.id] = found = self._requests(sample)
                 if not isinstance(found, DataError):
@@ -245,9 +250,15 @@ class Loader:
         """The micro-batches of kinds that this role reads."""
         return [batch for batch in planned.plan.micro_batches if batch.kind in self._inputs]
 
-    def _requests(self, sample: PlanSample) -> list[ColumnRequests] | DataError:
+    def _requests(self, sample: PlanSample, made: Record | None = None) -> list[ColumnRequests] | DataError:
+        """What the sample needs of encoders; of its augmented pictures, where it has ``made`` some."""
+        pixels = None
+        if made and "image" in made:
+            # A kind of one view has no axis for it.
+            pixels = made["image"].data.reshape(-1, *made["image"].data.shape[-3:])
         try:
-            return column_requests(sample, self._manifests[sample.source], self._config, self._inputs)
+            manifest = self._manifests[sample.source]
+            return column_requests(sample, manifest, self._config, self._inputs, pixels=pixels)
         except DataError as error:
             return error
 
@@ -301,35 +312,55 @@ class Loader:
         broken: dict[str, str],
     ) -> list[Record | None]:
         """Features, targets and text of each sample; None where one is broken, with the reason in ``broken``."""
-        good = self._features(samples, step, keys, broken)
+        good: dict[str, Record] = {sample.id: {} for sample in samples}
+        kind = samples[0].kind
+        augment = kind in self._augmented
+        wanted: dict[str, list[ColumnRequests]] = {}
+        if not augment:
+            wanted = self._wanted_of(samples, step, good, broken)
+            _check_keys(wanted, keys)
+            self._add_features(wanted, step, good, broken)
         if self._targets is not None:
             left = [(sample, draw) for sample, draw in zip(samples, draws, strict=True) if sample.id in good]
-            found = self._targets.get([sample for sample, _ in left], [draw for _, draw in left])
+            found = self._targets.get([sample for sample, _ in left], [draw for _, draw in left], augment=augment)
             _add(good, [sample for sample, _ in left], found, broken)
-        if self._texts is not None:
-            readers = [sample for sample in samples if sample.id in good and self._inputs[sample.kind].text]
+        if augment:
+            # Of the changed pictures, which are in no file.
+            left_over = [sample for sample in samples if sample.id in good]
+            wanted = self._wanted_of(left_over, step, good, broken)
+            self._add_features(wanted, step, good, broken)
+        if self._texts is not None and self._inputs[kind].text:
+            readers = [sample for sample in samples if sample.id in good]
             _add(good, readers, self._texts.get(readers), broken)
         return [good.get(sample.id) for sample in samples]
 
-    def _features(
-        self, samples: Sequence[PlanSample], step: int, keys: Mapping[str, Sequence[FeatureKey]], broken: dict[str, str]
-    ) -> dict[str, Record]:
-        """Sample id -> features, for the samples that are not broken. One call to the client for all of them."""
+    def _wanted_of(
+        self, samples: Sequence[PlanSample], step: int, good: dict[str, Record], broken: dict[str, str]
+    ) -> dict[str, list[ColumnRequests]]:
+        """Sample id -> requests; a sample for which none can be made is no longer good."""
         wanted: dict[str, list[ColumnRequests]] = {}
         for sample in samples:
             requests = self._wanted.pop((step, sample.id), None)
             if requests is None:
-                requests = self._requests(sample)
+                requests = self._requests(sample, good[sample.id])
             if isinstance(requests, DataError):
                 broken[sample.id] = str(requests)
+                del good[sample.id]
             else:
                 wanted[sample.id] = requests
-        _check_keys(wanted, keys)
+        return wanted
+
+    def _add_features(
+        self,
+        wanted: Mapping[str, Sequence[ColumnRequests]],
+        step: int,
+        good: dict[str, Record],
+        broken: dict[str, str],
+    ) -> None:
+        """Join the features to the samples' records. One call to the client for all of them."""
         flat = [request for columns in wanted.values() for column in columns for request in column.requests]
         answers = iter(self._client.get(flat, step, self._lookups) if flat else ())
-        good: dict[str, Record] = {}
         for sample_id, columns in wanted.items():
-            record: Record = {}
             for column in columns:
                 mine: list[Record] = []
                 for answer in itertools.islice(answers, len(column.requests)):
@@ -339,11 +370,10 @@ class Loader:
                         raise answer
                     else:
                         mine.append(answer)
-                if sample_id not in broken:
-                    record |= column.record(mine)
-            if sample_id not in broken:
-                good[sample_id] = record
-        return good
+                if sample_id in broken:
+                    good.pop(sample_id, None)
+                else:
+                    good[sample_id] |= column.record(mine)
 
 
 def _add(

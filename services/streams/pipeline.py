@@ -26,7 +26,7 @@ from services.contracts import FeatureKey, StepPlan
 from services.errors import DataError, DeadlineError
 from services.runtime import calls
 from services.streams import rows
-from services.streams.inputs import kind_inputs
+from services.streams.inputs import augmented_kinds, kind_inputs
 from services.streams.plan import EpochPlan, check_world_size
 from services.streams.requests import sample_requests
 from services.streams.rows import PlannedStep
@@ -49,13 +49,17 @@ class FeatureKeys:
         from services.data.sources import open_sources
 
         self._config = config
-        self._inputs = kind_inputs(config, role)
+        inputs = kind_inputs(config, role)
+        # What is made of augmented pictures has no key before the pictures are made.
+        self._inputs = {k: made for k, made in inputs.items() if k not in augmented_kinds(config, inputs)}
         self._manifests = open_sources(config, revalidate=False)
 
     def __call__(self, plan: StepPlan) -> Mapping[str, tuple[FeatureKey, ...]]:
         """See :data:`KeysOf`."""
         found: dict[str, tuple[FeatureKey, ...]] = {}
         for batch in plan.micro_batches:
+            if batch.kind not in self._inputs:
+                continue
             for sample in batch.samples:
                 try:
                     requests = sample_requests(sample, self._manifests[sample.source], self._config, self._inputs)

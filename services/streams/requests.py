@@ -38,11 +38,14 @@ class ColumnRequests:
         }
 
 
-def column_requests(sample: PlanSample, manifest: Any, config: RunConfig, inputs: Inputs) -> list[ColumnRequests]:
+def column_requests(
+    sample: PlanSample, manifest: Any, config: RunConfig, inputs: Inputs, *, pixels: np.ndarray | None = None
+) -> list[ColumnRequests]:
     """What ``sample`` needs of each encoder that its kind reads; nothing for a kind that ``inputs`` does not declare,
     and nothing of an encoder for a sample without pictures.
 
-    DataError when the sample names views that its scene does not have, or has none of the role that is read.
+    ``pixels`` uint8 (V, H, W, 3) are the pictures of its views where they were augmented. DataError when the sample
+    names views that its scene does not have, or has none of the role that is read.
     """
     found: list[ColumnRequests] = []
     for feature in inputs[sample.kind].features if sample.kind in inputs else ():
@@ -57,7 +60,10 @@ def column_requests(sample: PlanSample, manifest: Any, config: RunConfig, inputs
             )
         part = sample if len(views) == len(sample.views) else dataclasses.replace(sample, views=views)
         name = chosen_encoder(feature, sample)
-        requests = feature_requests(part, manifest, name, config)
+        shown = None
+        if pixels is not None:
+            shown = [picture for picture, view in zip(pixels, sample.views, strict=True) if view in views]
+        requests = feature_requests(part, manifest, name, config, pixels=shown)
         found.append(ColumnRequests(feature, requests, feature.stacked and reads_one_by_one(name, config)))
     return found
 

@@ -7,6 +7,7 @@ All of them are cut and resized exactly as the encoders' images are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from configs import RunConfig
 from models import draws
 from models.spec import TensorSpec
-from services.contracts import PlanSample, Record, Tensor, View
-from services.data.images import describe, load_image
+from services.contracts import DepthRef, Intrinsics, PlanSample, Record, Tensor, View
+from services.data.images import describe, load_depth, load_image
 from services.errors import ConfigError, DataError
 from services.features.store import FeatureStore
 from services.streams.cut import cut_camera, cut_picture
@@ -39,6 +40,22 @@ class Ask:
     size: tuple[int, int]
     maps: Sequence[Record]
     """Depth and label maps of each view, where one of the kind's targets needs them."""
+    seen: Seen | None = None
+    """What stands for the pictures and what belongs to them, where they were augmented."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Augmented views, as a network reads them."""
+
+    images: np.ndarray
+    """uint8 (V, H, W, 3)."""
+    depths: np.ndarray | None = None
+    """float32 (V, H, W), of a pair."""
+    K: np.ndarray | None = None
+    """float32 (V, 3, 3), of a pair."""
+    poses: np.ndarray | None = None
+    """float32 (V, 4, 4), of a pair."""
 
 
 class Targets:
@@ -69,7 +86,7 @@ class Targets:
         self.classes, self._tables = _class_tables(self._manifests)
         self.scene_types = tuple(sorted({kind for m in manifests.values() for kind in m.scene_types}))
         self._readers: dict[str, Callable[[Ask], Record]] = {
-            "depth": self._depth,
+            "depth": _depths,
             "labels": self._labels,
             "scene_type": self._scene_type,
             "image": _images,
@@ -114,16 +131,19 @@ class Targets:
         }
         return {column: spec for name in declared.targets for column, spec in known[name].items()}
 
-    def get(self, samples: Sequence[PlanSample], sample_draws: Sequence[int] | None = None) -> list[Record | DataError]:
+    def get(
+        self, samples: Sequence[PlanSample], sample_draws: Sequence[int] | None = None, *, augment: bool = False
+    ) -> list[Record | DataError]:
         """Targets of every sample, in order; a DataError stands where a file is broken or something is missing.
 
-        ``sample_draws`` are the keys of the samples' draws at this step; by default their seeds.
+        ``sample_draws`` are the keys of the samples' draws at this step; by default their seeds. ``augment`` changes
+        pictures, and depth and cameras with them, as ``data.augment`` says.
         """
         keys = [sample.seed for sample in samples] if sample_draws is None else sample_draws
         answers: list[Record | DataError] = []
         for sample, draw in zip(samples, keys, strict=True):
             try:
-                answers.append(self._targets(sample, draw))
+                answers.append(self._targets(sample, draw, augment))
             except DataError as error:
                 answers.append(error)
         return answers
@@ -138,23 +158,43 @@ class Targets:
         for maps in self.maps.values():
             maps.close()
 
-    def _targets(self, sample: PlanSample, draw: int) -> Record:
+    def _targets(self, sample: PlanSample, draw: int, augment: bool) -> Record:
         declared = self._inputs.get(sample.kind)
         if declared is None or not declared.targets:
             return {}
         manifest = self._manifests[sample.source]
         views = manifest.views(sample.item, [view.index for view in sample.views]) if sample.views else []
         key = _maps_key(declared)
-        maps = [] if key is None else [self.maps[key].get(view) for view in views]
-        ask = Ask(sample, draw, views, declared.size, maps)
+        ask = Ask(sample, draw, views, declared.size, ())
+        if augment and views:
+            ask = dataclasses.replace(ask, seen=self._augmented(ask))
+        elif key is not None:
+            ask = dataclasses.replace(ask, maps=[self.maps[key].get(view) for view in views])
         record: Record = {}
         for name in declared.targets:
             if views or name == "scene_type":  # a text without pictures has nothing of the others
                 record |= self._readers[name](ask)
         return record
 
-    def _depth(self, ask: Ask) -> Record:
-        return {"depth": _stacked([maps["depth"].data for maps in ask.maps], ask, "float32")}
+    def _augmented(self, ask: Ask) -> Seen:
+        """The views with ``data.augment`` applied: of a pair all that belongs to them, otherwise the pictures."""
+        from services.data.augment import Augment
+
+        augment, generator = Augment(self._config.data.augment), draws.generator(ask.draw, "augment")
+        images = [load_image(view.image) for view in ask.views]
+        if ask.sample.kind != "pair":
+            return Seen(np.stack([augment.image(image, generator, ask.size) for image in images]))
+        poses, depths = np.stack([camera(ask, view)[1] for view in ask.views]), [depth_of(ask, v) for v in ask.views]
+        made = augment.pair(
+            images,
+            [load_depth(depth) for depth in depths],
+            [camera(ask, view)[0] for view in ask.views],
+            poses,
+            generator,
+            ask.size,
+            depth_K=[depth.K for depth in depths],
+        )
+        return Seen(made.images, made.depths, made.K, made.poses)
 
     def _labels(self, ask: Ask) -> Record:
         table = self._tables[ask.sample.source]
@@ -171,7 +211,7 @@ class Targets:
 
         cameras, settings = _cameras(ask), self._config.recipe.uniugg
         indices, valid = sample_matches(
-            np.stack([maps["depth"].data for maps in ask.maps]),
+            _depths(ask)["depth"].data,
             cameras["K"].data,
             cameras["pose"].data,
             matches=settings.matches,
@@ -192,28 +232,54 @@ def _maps_key(declared: KindInputs) -> tuple[tuple[int, int], bool] | None:
 
 
 def _images(ask: Ask) -> Record:
+    if ask.seen is not None:
+        return {"image": _stacked(ask.seen.images, ask, "uint8")}
     return {"image": _stacked([cut_picture(load_image(view.image), *ask.size) for view in ask.views], ask, "uint8")}
 
 
+def _depths(ask: Ask) -> Record:
+    if ask.seen is not None and ask.seen.depths is not None:
+        return {"depth": _stacked(ask.seen.depths, ask, "float32")}
+    return {"depth": _stacked([maps["depth"].data for maps in ask.maps], ask, "float32")}
+
+
 def _cameras(ask: Ask) -> Record:
-    for view in ask.views:
-        if view.K is None or view.pose is None:
-            lacks = "intrinsics" if view.K is None else "pose"
-            raise DataError(
-                f"{describe(view.image)}: sample {ask.sample.id!r} of kind {ask.sample.kind!r} needs the camera of "
-                f"each view and there are no {lacks}; leave this source out of the kind, or give it cameras"
-            )
-    K = [cut_camera(view.K, *ask.size) for view in ask.views if view.K is not None]
-    poses = [np.asarray(view.pose, np.float32) for view in ask.views]
+    if ask.seen is not None and ask.seen.K is not None and ask.seen.poses is not None:
+        K, poses = list(ask.seen.K), list(ask.seen.poses)
+    else:
+        cameras = [camera(ask, view) for view in ask.views]
+        K = [cut_camera(intrinsics, *ask.size) for intrinsics, _ in cameras]
+        poses = [pose.astype(np.float32) for _, pose in cameras]
     return {"K": _stacked(K, ask, "float32"), "pose": _stacked(poses, ask, "float32")}
 
 
-def _stacked(arrays: Sequence[np.ndarray], ask: Ask, dtype: str) -> Tensor:
+def camera(ask: Ask, view: View) -> tuple[Intrinsics, np.ndarray]:
+    """Intrinsics of the stored picture and the pose (4, 4) of a view; DataError where one of them is missing."""
+    if view.K is None or view.pose is None:
+        lacks = "intrinsics" if view.K is None else "pose"
+        raise DataError(
+            f"{describe(view.image)}: sample {ask.sample.id!r} of kind {ask.sample.kind!r} needs the camera of each "
+            f"view and there are no {lacks}; leave this source out of the kind, or give it cameras"
+        )
+    return view.K, np.asarray(view.pose, np.float64)
+
+
+def depth_of(ask: Ask, view: View) -> DepthRef:
+    """The depth map of a view; DataError where there is none."""
+    if view.depth is None:
+        raise DataError(
+            f"{describe(view.image)}: sample {ask.sample.id!r} of kind {ask.sample.kind!r} needs depth and there is "
+            "none; leave this source out of the kind"
+        )
+    return view.depth
+
+
+def _stacked(arrays: Sequence[np.ndarray] | np.ndarray, ask: Ask, dtype: str) -> Tensor:
     """One array a view -> with the views as the first axis, or without it for a kind of one view."""
     if not view_axes(ask.sample.kind):
         (data,) = arrays
         return Tensor(data=data, dtype=dtype)
-    return Tensor(data=np.stack(arrays), dtype=dtype)
+    return Tensor(data=np.stack(list(arrays)), dtype=dtype)
 
 
 def _class_tables(manifests: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
