@@ -24,6 +24,7 @@ from models.encoders.preprocess import crop_box
 from models.geometry import projection
 from services.contracts import Intrinsics
 from services.errors import DataError
+from services.streams.cut import cut_camera, cut_picture
 
 _GRID = 64
 """Correspondences are counted on this many points along the longer side of view 1."""
@@ -105,7 +106,10 @@ class Augment:
         cameras = self._cameras([depths[i] for i in chosen], K, depth_K, sources, generator, size)
         turned = sources.copy()
         turned[:, :3, :3] = [pose[:3, :3] @ camera.turn for pose, camera in zip(sources, cameras, strict=True)]
-        pictures = [_render_image(images[i], k, c, size) for i, k, c in zip(chosen, K, cameras, strict=True)]
+        pictures = [
+            _render_image(images[i], k, c, size) if self.config.crops else cut_picture(images[i], *size)
+            for i, k, c in zip(chosen, K, cameras, strict=True)
+        ]
         maps = [_render_depth(depths[i], k, c, size) for i, k, c in zip(chosen, depth_K, cameras, strict=True)]
         return PairViews(
             images=np.stack([self.jitter(picture, generator) for picture in pictures]),
@@ -119,7 +123,7 @@ class Augment:
 
         It keeps the aspect ratio; the published training squashes such pictures to the target size instead.
         """
-        return self.jitter(_resized(image, size), generator)
+        return self.jitter(cut_picture(image, *size), generator)
 
     def jitter(self, image: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Brightness, contrast, saturation and hue of a picture uint8 (H, W, 3) changed, in random order.
@@ -216,16 +220,7 @@ def _rotation_to(axis: np.ndarray) -> np.ndarray:
 
 def _centre_camera(K: Intrinsics, size: tuple[int, int]) -> _Camera:
     """The plain centre crop, not turned: the window that every encoder reads."""
-    left, top, right, bottom = crop_box((K.height, K.width), *size)
-    x, y = size[1] / (right - left), size[0] / (bottom - top)
-    made = np.array(
-        [
-            [K.fx * x, 0.0, (K.cx + 0.5 - left) * x - 0.5],
-            [0.0, K.fy * y, (K.cy + 0.5 - top) * y - 0.5],
-            [0.0, 0.0, 1.0],
-        ]
-    )
-    return _Camera(made, np.eye(3))
+    return _Camera(cut_camera(K, *size).astype(np.float64), np.eye(3))
 
 
 def _render_image(image: np.ndarray, K: Intrinsics, camera: _Camera, size: tuple[int, int]) -> np.ndarray:
@@ -249,8 +244,8 @@ def _render_depth(depth: np.ndarray, K: Intrinsics, camera: _Camera, size: tuple
     v, u = np.mgrid[0:height, 0:width].astype(np.float64)
     rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ (camera.turn @ np.linalg.inv(camera.K)).T
     seen = rays @ K.matrix().T
-    column = np.rint(seen[..., 0] / seen[..., 2]).astype(np.int64)
-    row = np.rint(seen[..., 1] / seen[..., 2]).astype(np.int64)
+    column = np.floor(seen[..., 0] / seen[..., 2] + 0.5).astype(np.int64)
+    row = np.floor(seen[..., 1] / seen[..., 2] + 0.5).astype(np.int64)
     inside = (column >= 0) & (column < K.width) & (row >= 0) & (row < K.height) & (seen[..., 2] > 0)
     there = depth[np.clip(row, 0, K.height - 1), np.clip(column, 0, K.width - 1)]
     known = inside & np.isfinite(there) & (there > 0)
@@ -282,14 +277,6 @@ def _sees(camera: _Camera, points: np.ndarray, size: tuple[int, int]) -> np.ndar
     """Which of the points (P, 3), in the view's camera, lie within the crop: (P,) bool."""
     x, y, z = (points @ (camera.K @ camera.turn.T).T).T
     return (z > 0) & (x >= -0.5 * z) & (x < (size[1] - 0.5) * z) & (y >= -0.5 * z) & (y < (size[0] - 0.5) * z)
-
-
-def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The centre crop of a picture at ``size``, one resampling (bicubic, antialiased), as encoders cut theirs."""
-    from PIL import Image
-
-    box = crop_box(image.shape[:2], *size)
-    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
 
 
 def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
