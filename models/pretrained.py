@@ -6,8 +6,9 @@ generate. Nothing is unpickled.
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,19 @@ def load_pretrained(folder: str | Path, **overrides: object) -> nn.Module:
     return module.eval()
 
 
-def load_part(module: nn.Module, folder: str | Path) -> None:
-    """Load the weights of a saved part into ``module``, which must have exactly its tensors. WeightsError otherwise."""
+def load_part(module: nn.Module, folder: str | Path, *, new: Sequence[str] = ()) -> None:
+    """Load the weights of a saved part into ``module``, which must have exactly its tensors. WeightsError otherwise.
+
+    ``new`` holds globs of tensors that the part may lack; they stay as they are.
+    """
     tensors, own = read_pretrained(folder), module.state_dict()
     wrong = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    missing = [n for n in sorted(own.keys() - tensors.keys()) if not any(fnmatch.fnmatchcase(n, g) for g in new)]
+    left = sorted(tensors.keys() - own.keys())
     if missing or left or wrong:
         shapes = [f"{n}: expected {tuple(own[n].shape)}, got {tuple(tensors[n].shape)}" for n in wrong[:10]]
         raise WeightsError(
             f"{folder} does not fit {type(module).__name__}: missing {missing[:10]}, left over {left[:10]}, "
             f"of another shape {shapes}"
         )
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, strict=False)

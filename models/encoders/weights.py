@@ -83,6 +83,22 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def read_tensors(weights: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weights folder (or hub name), or of one safetensors file. WeightsError when unreadable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(weights).expanduser()
+    files = [path] if path.is_file() else weight_files(resolve_folder(str(weights)))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{file} cannot be read as safetensors: {error}") from error
+    return tensors
+
+
 def _stored_tensors(file: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
     """(name, dtype, shape, first byte, past the last byte) of every tensor of a safetensors file."""
     with file.open("rb") as stream:

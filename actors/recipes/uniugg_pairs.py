@@ -1,0 +1,228 @@
+"""Judging what the spatial decoder reads out of two views' tokens: points, matches, colours; for P1 and P2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.recipes.base import Built, Recipe, every_batch, kept_rows, row
+from actors.recipes.pictures import Album, colour_depth, hstack
+from models.metrics.depth import DepthMetrics
+from models.metrics.images import psnr
+from models.metrics.matching import MatchingMetrics
+from models.metrics.means import Means
+from models.metrics.pointmap import PointmapMetrics, plane_points, token_cosine
+from models.uniugg.losses_points import pair_targets
+from models.uniugg.pretraining import PAIR
+from services.contracts import Split
+from services.errors import DataError
+from services.telemetry import events
+
+if TYPE_CHECKING:
+    from actors.trainers.feed import Feed
+
+EXAMPLES = 4
+PLANE, UNTRAINED, CHANCE, MEAN_COLOUR = "mean-depth plane", "untrained network", "chance", "mean colour"
+
+Views = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(kw_only=True)
+class PairScores:
+    """Scores of predicted pairs against posed depth, as sums."""
+
+    points: tuple[PointmapMetrics, PointmapMetrics] = field(
+        default_factory=lambda: (PointmapMetrics(), PointmapMetrics())
+    )
+    depth: DepthMetrics = field(default_factory=DepthMetrics)
+    matches: MatchingMetrics = field(default_factory=MatchingMetrics)
+    means: Means = field(default_factory=Means)
+
+    def update(self, views: Views, batch: Mapping[str, Any]) -> None:
+        """Add a batch of kept samples of kind ``pair``; depth is judged in metres, without any alignment."""
+        targets = pair_targets(batch["depth"], batch["K"], batch["pose"])
+        for place, view in enumerate(views):
+            self.points[place].update(view["pts3d"], targets.points[:, place], targets.valid[:, place])
+        self.depth.update(views[0]["pts3d"][..., 2].clamp_min(1e-3), batch["depth"][:, 0], align=False)
+        if "desc" in views[0]:
+            self.matches.update(views[0]["desc"], views[1]["desc"], batch["matches"], batch["match_valid"])
+        if "rgb" in views[0]:
+            rgb = torch.stack([view["rgb"] for view in views], dim=1).flatten(0, 1).movedim(-1, 1)
+            self.means.update({"psnr": psnr(rgb, pictures(batch["image"]))})
+
+    def compute(self) -> dict[str, float]:
+        """``view1/error`` and ``view2/error`` (metres), ``depth/abs_rel``, ``matches/accuracy``, ``psnr``, ..."""
+        found: dict[str, float] = {}
+        for place, points in enumerate(self.points, start=1):
+            found |= {f"view{place}/{name}": value for name, value in points.compute().items()}
+        found |= {f"depth/{name}": value for name, value in self.depth.compute().items()}
+        found |= {f"matches/{name}": value for name, value in self.matches.compute().items()}
+        return found | self.means.compute()
+
+
+def pictures(image: Tensor) -> Tensor:
+    """Bytes (B, V, H, W, 3) -> float32 (B * V, 3, H, W) in [0, 1]."""
+    return image.flatten(0, 1).movedim(-1, 1).float() / 255
+
+
+@dataclass(kw_only=True)
+class TrainingMeans:
+    """What is known of the training split without looking at a view: its mean depth and its mean colour."""
+
+    depth: float
+    colour: Tensor
+    """(3,) in [0, 1]."""
+
+    @classmethod
+    def measure(cls, feed: Feed) -> TrainingMeans:
+        """Over all pairs of the training split. DataError when no depth is known."""
+        depth_sum, pixels, colours, images = 0.0, 0, torch.zeros(3, dtype=torch.float64), 0
+        for batch, _ in every_batch(feed, Split.TRAIN, PAIR):
+            kept = kept_rows(batch, batch["weight"] > 0)
+            valid = torch.isfinite(kept["depth"]) & (kept["depth"] > 0)
+            depth_sum += float(torch.where(valid, kept["depth"], 0.0).double().sum())
+            pixels += int(valid.sum())
+            colours += pictures(kept["image"]).double().mean((2, 3)).sum(0)
+            images += 2 * len(kept["weight"])
+        if not pixels:
+            raise DataError("the pairs of the training split have no known depth; check them with `loom3d data check`")
+        return cls(depth=depth_sum / pixels, colour=(colours / images).float())
+
+    def views(self, batch: Mapping[str, Any]) -> Views:
+        """The plane of mean depth before each camera, painted in the mean colour."""
+        targets = pair_targets(batch["depth"], batch["K"], batch["pose"])
+        _, _, height, width, _ = targets.points.shape
+        eye = torch.eye(4).expand(len(batch["K"]), 4, 4)
+        to_first = torch.linalg.inv(batch["pose"][:, 0].double()) @ batch["pose"][:, 1].double()
+        return tuple(  # type: ignore[return-value]
+            {
+                "pts3d": plane_points(self.depth, batch["K"][:, place], pose.float(), height, width),
+                "rgb": self.colour.expand(len(eye), height, width, 3),
+            }
+            for place, pose in enumerate((eye, to_first))
+        )
+
+
+def judge_encoder(
+    recipe: Recipe, built: Built, feed: Feed, folder: Path, *, split: Split, device: str
+) -> dict[str, Any]:
+    """P1 on ``split``: beside the network before training, the plane of mean depth, chance, and the mean colour."""
+    untrained = recipe.rebuild(built.spec.name, built.settings).module.eval().to(device)
+    with events.span("survey"):
+        means = TrainingMeans.measure(feed)
+    scores = {name: PairScores() for name in ("trained", UNTRAINED, PLANE)}
+    cosine = {name: Means() for name in ("trained", UNTRAINED)}
+    album, samples = Album(folder), 0
+    for batch, _ in _limited(feed, split):
+        kept = to_kept(batch, device)
+        for name, module in (("trained", built.module), (UNTRAINED, untrained)):
+            with torch.no_grad():
+                out = module(kept["image"], pairs=True)
+            assert out.views is not None, "pairs were asked for"
+            scores[name].update(out.views, kept)
+            teacher = kept["teacher_tokens"][:, :, -1].float()
+            cosine[name].update({"cosine": token_cosine(out.tokens, teacher)})
+            if name == "trained" and samples < EXAMPLES:
+                draw_pairs(album, kept, out.views, EXAMPLES - samples)
+        scores[PLANE].update(means.views(kept), kept)
+        samples += len(kept["weight"])
+    _require(samples, split)
+    album.save()
+    found = {name: score.compute() for name, score in scores.items()}
+    metrics = {
+        f"points/{view}_error": row(
+            found["trained"][f"{view}/error"],
+            found[PLANE][f"{view}/error"],
+            PLANE,
+            "lower",
+            **{UNTRAINED: found[UNTRAINED][f"{view}/error"]},
+        )
+        for view in ("view1", "view2")
+    }
+    metrics["depth/abs_rel"] = _beside(found, "depth/abs_rel", "lower")
+    if "matches/accuracy" in found["trained"]:
+        metrics["matches/accuracy"] = row(
+            found["trained"]["matches/accuracy"],
+            found["trained"]["matches/chance"],
+            CHANCE,
+            "higher",
+            **{UNTRAINED: found[UNTRAINED]["matches/accuracy"]},
+        )
+    if "psnr" in found["trained"]:
+        metrics["rgb/psnr"] = row(
+            found["trained"]["psnr"],
+            found[PLANE]["psnr"],
+            MEAN_COLOUR,
+            "higher",
+            **{UNTRAINED: found[UNTRAINED]["psnr"]},
+        )
+    metrics["tokens/cosine"] = row(
+        cosine["trained"].compute()["cosine"], cosine[UNTRAINED].compute()["cosine"], UNTRAINED, "higher"
+    )
+    return {"samples": samples, "metrics": metrics}
+
+
+def to_kept(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The samples of weight above 0, on ``device``."""
+    kept = kept_rows(batch, batch["weight"] > 0)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
+
+
+def _limited(feed: Feed, split: Split) -> Any:
+    """Batches of pairs of the split, at most ``evaluate.samples`` samples (0: all)."""
+    limit, seen = feed.config.evaluate.samples, 0
+    for batch, samples in every_batch(feed, split, PAIR):
+        if not (batch["weight"] > 0).any():
+            continue
+        yield batch, samples
+        seen += len(samples)
+        if limit and seen >= limit:
+            return
+
+
+def _require(samples: int, split: Split) -> None:
+    if not samples:
+        raise DataError(
+            f"the {split.value} split has no pair that can be read; look at `loom3d data pairs` and `loom3d data check`"
+        )
+
+
+def _beside(found: Mapping[str, Mapping[str, float]], name: str, better: str) -> dict[str, Any]:
+    return row(found["trained"][name], found[PLANE][name], PLANE, better, **{UNTRAINED: found[UNTRAINED][name]})
+
+
+def draw_pairs(album: Album, batch: Mapping[str, Any], views: Views, count: int) -> None:
+    """Up to ``count`` pairs: pictures, predicted colours, depth along each view's axis as truth and as predicted."""
+    targets = pair_targets(batch["depth"], batch["K"], batch["pose"])
+    to_second = torch.linalg.inv(batch["pose"][:, 1].double()) @ batch["pose"][:, 0].double()
+    for place in range(min(count, len(batch["weight"]))):
+        rows_of = []
+        for view in range(2):
+            points = views[view]["pts3d"][place].detach().double().cpu()
+            if view == 1:  # view 2's points stand in view 1's frame; its own depth is along its own axis
+                T = to_second[place].cpu()
+                points = points @ T[:3, :3].T + T[:3, 3]
+            true = batch["depth"][place, view].cpu().numpy()
+            low, high = _range(true)
+            tiles = [batch["image"][place, view].cpu().numpy()]
+            if "rgb" in views[view]:
+                tiles.append((views[view]["rgb"][place].detach().cpu().numpy() * 255).round().astype(np.uint8))
+            tiles.append(colour_depth(np.where(targets.valid[place, view].cpu().numpy(), true, 0), low, high))
+            tiles.append(colour_depth(points[..., 2].numpy(), low, high))
+            rows_of.append(hstack(tiles))
+        album.add(
+            np.concatenate(rows_of),
+            f"Pair {batch['id'][place]}",
+            "view 1 above, view 2 below: picture, predicted colours, measured depth, predicted depth",
+        )
+
+
+def _range(depth: np.ndarray) -> tuple[float, float]:
+    known = depth[np.isfinite(depth) & (depth > 0)]
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)

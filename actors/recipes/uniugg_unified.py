@@ -1,0 +1,162 @@
+"""UniUGG's third phase: the language model that answers and asks, and the diffusion that imagines.
+
+Stage i (``uniugg_align``) trains the projector of the LLM on conversations; stages ii and iii (``uniugg_joint``,
+``uniugg_finetune``) train the LLM and the diffusion together; ``uniugg_direct`` is the simplified variant (A.4),
+in which the LLM regresses the target's tokens. ViT, VAE and spatial decoder are frozen, and never here: their outputs
+come from the feature service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from actors.recipes.base import Built, Part, Recipe, seeded
+from configs import ConfigError
+from models.pretrained import describe_pretrained, load_part, read_pretrained
+from models.registry import build, spec
+from models.spec import RoleSpec
+from models.uniugg.objectives import DiffusionObjective, DirectObjective, LanguageObjective
+from models.uniugg.unified import DIFFUSION, LLM, part_settings
+from services.contracts import Split
+from services.errors import WeightsError
+
+if TYPE_CHECKING:
+    from actors.trainers.feed import Feed
+    from services.streams.plan import EpochPlan
+
+_INIT = {LLM: ("llm", "language"), DIFFUSION: ("diffusion", "unet")}
+"""Keys of ``model.init`` by role: the role as another run trained it, or public weights of its network."""
+
+
+class UnifiedRecipe(Recipe):
+    """Stages i to iii, and the direct variant."""
+
+    def terms(self, role: str) -> tuple[str, ...]:  # noqa: D102
+        if role == DIFFUSION:
+            return ("noise",)
+        return ("ce", "token_regression") if self.is_direct else ("ce",)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the LLM regresses target tokens itself."""
+        return self.config.recipe.name == "uniugg_direct"
+
+    def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
+        """The role's module for the run's tokenizer, encoder and latents; weights by the seed and ``model.init``."""
+        self._check_init()
+        name, settings = part_settings(self.config.model.name, self._overrides(role, feed))[role]
+        built = self.rebuild(role, {"model": name, "settings": settings})
+        self._initialise(role, built.module)
+        return built
+
+    def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: D102
+        with seeded(self.config.seed):
+            module = build(settings["model"], **settings["settings"])
+        return Built(module=module, spec=self._bound(role), settings=settings)
+
+    def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: D102
+        return {role: Part(module=module, model=settings["model"], settings=settings["settings"])}
+
+    def evaluate(  # noqa: D102
+        self, trained: Mapping[str, Built], feed: Feed, folder: Path, *, split: Split, device: str
+    ) -> dict[str, Any]:
+        from actors.recipes.uniugg_judge import evaluate
+
+        return evaluate(self, trained, feed, folder, split=split, device=device)
+
+    # -- building --------------------------------------------------------------------------------------------
+
+    def _bound(self, role: str) -> RoleSpec:
+        """The role with the run's objective."""
+        uniugg, found = self.config.recipe.uniugg, spec(self.config.model.name).role(role)
+        if role == DIFFUSION:
+            objective: Any = DiffusionObjective(
+                latent=uniugg.latent,
+                condition_dropout=uniugg.condition_dropout,
+                min_snr=uniugg.min_snr,
+                offset_noise=uniugg.offset_noise,
+            )
+        elif self.is_direct:
+            objective = DirectObjective(
+                translation_scale=uniugg.translation_scale,
+                cosine=uniugg.semantic_cosine,
+                smooth_l1=uniugg.semantic_smooth_l1,
+            )
+        else:
+            objective = LanguageObjective(translation_scale=uniugg.translation_scale)
+        return found.bind(objective=objective)
+
+    def _overrides(self, role: str, feed: Feed) -> dict[str, Any]:
+        """Settings of the model that follow from the run's tokenizer, encoders and weights, under the config's own."""
+        from models.text.tokenizer import IMAGE, RAYMAP, check_fits, load_tokenizer, token_id
+
+        tokenizer = load_tokenizer(self.config.data.text.tokenizer)
+        vocabulary = max(int(spec(self.config.model.name).defaults["vocab_size"]), len(tokenizer))
+        given: dict[str, Any] = {
+            "vocab_size": vocabulary,
+            "image_token_id": token_id(tokenizer, IMAGE),
+            "ray_token_id": token_id(tokenizer, RAYMAP),
+        }
+        if "language" in self.config.model.init:
+            from models.uniugg.language import language_settings
+
+            language = language_settings(self.config.model.init["language"])
+            given["vocab_size"] = max(int(language.pop("vocab_size")), len(tokenizer))
+            given["llm"] = {"language": language}
+        if role == LLM:
+            _, rows, _, channels = (int(axis or 0) for axis in feed.client.outputs("vit")["tokens"].shape)
+            given |= {"channels": channels, "patch": self.config.encoders["vit"].height // rows}
+        else:
+            given |= _latents(self.config.encoders["vae"].weights)
+            given |= self._language_width()
+        found = {**given, **self.config.model.overrides}
+        check_fits(tokenizer, found["vocab_size"])
+        return found
+
+    def _language_width(self) -> dict[str, Any]:
+        """The language model of the part that the LLM starts from: the diffusion is made for its width."""
+        start = self.config.model.init.get("llm", "random")
+        if start == "random":
+            return {}
+        return {"llm": {"language": describe_pretrained(start)["settings"]["language"]}}
+
+    def _check_init(self) -> None:
+        known = [key for role in self.roles for key in _INIT[role]]
+        for key in self.config.model.init:
+            if key not in known:
+                raise ConfigError(
+                    f"model.init has {key!r}; recipe {self.config.recipe.name} starts from {', '.join(known)}"
+                )
+
+    def _initialise(self, role: str, module: nn.Module) -> None:
+        """Load what ``model.init`` names for the role: its part first, or public weights of its network."""
+        init = {key: value for key, value in self.config.model.init.items() if value != "random"}
+        part, network = _INIT[role]
+        if network in init:
+            if role == LLM:
+                from models.uniugg.language import load_language
+
+                load_language(module.language, init[network])  # type: ignore[arg-type]
+            else:
+                from models.uniugg.diffusion import ConditionedUNet, load_unet
+
+                assert isinstance(module, ConditionedUNet), "the diffusion role is a conditioned UNet"
+                load_unet(module, init[network])
+        if part in init:
+            load_part(module, init[part], new=("head.*",) if self.is_direct else ())
+
+
+def _latents(folder: str) -> dict[str, Any]:
+    """Statistics of the latents that the VAE was left with. WeightsError when it holds none."""
+    stored = read_pretrained(folder)
+    try:
+        mean, scale = stored["latent_mean"], stored["latent_scale"]
+    except KeyError as error:
+        raise WeightsError(
+            f"{folder} holds no {error}: it is no Spatial-VAE of ours; train recipe=uniugg_vae"
+        ) from error
+    return {"latent_channels": len(mean), "latent_mean": tuple(mean.tolist()), "latent_scale": float(scale)}
