@@ -46,6 +46,15 @@ _TABLE: dict[str, str] = {
     "uniugg-unet-tiny": "models.uniugg.unified:UNIUGG_UNET_TINY",
     "uniugg-unet-small": "models.uniugg.unified:UNIUGG_UNET_SMALL",
     "uniugg-unet-3b": "models.uniugg.unified:UNIUGG_UNET_3B",
+    "uniugg-latent-tiny": "models.uniugg.latent:LATENT_TINY",
+    "uniugg-latent-small": "models.uniugg.latent:LATENT_SMALL",
+    "uniugg-latent-base": "models.uniugg.latent:LATENT_BASE",
+    "uniugg-direct-tiny": "models.uniugg.direct:DIRECT_TINY",
+    "uniugg-direct-small": "models.uniugg.direct:DIRECT_SMALL",
+    "uniugg-direct-3b": "models.uniugg.direct:DIRECT_3B",
+    "uniugg-direct-llm-tiny": "models.uniugg.direct:DIRECT_LLM_TINY",
+    "uniugg-direct-llm-small": "models.uniugg.direct:DIRECT_LLM_SMALL",
+    "uniugg-direct-llm-3b": "models.uniugg.direct:DIRECT_LLM_3B",
 }
 
 

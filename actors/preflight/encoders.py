@@ -51,16 +51,23 @@ def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
     from models.encoders import hf
     from models.encoders.base import InputKind
     from models.encoders.families import input_kind
+    from services.features.encode import build_encoder
 
     settings = config.encoders[name]
-    if input_kind(settings.family) is InputKind.IMAGE:
+    if settings.family == "uniugg_vit":
+        from models.encoders.uniugg import UniuggViT
+
+        vit, available = build_encoder(name, config), True
+        assert isinstance(vit, UniuggViT)
+        outputs, parameters, flops = dict(vit.outputs()), vit.parameter_count(), vit.flops_per_image()
+    elif input_kind(settings.family) is InputKind.IMAGE:
         encoder, available = _describe(settings)
         outputs, parameters, flops = dict(encoder.outputs()), hf.parameter_count(encoder), hf.flops_per_image(encoder)
     else:
-        from services.features.encode import build_encoder
-
         other, available = build_encoder(name, config), True
-        outputs, parameters, flops = dict(other.outputs()), sum(p.numel() for p in other.parameters()), 0
+        count = getattr(other, "parameter_count", None)  # of one that holds no weights yet
+        parameters = count() if count else sum(p.numel() for p in other.parameters())
+        outputs, flops = dict(other.outputs()), 0
     item = BYTES[settings.dtype]
     return EncoderCost(
         name=name,

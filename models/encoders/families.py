@@ -14,10 +14,13 @@ INPUT_KINDS: Mapping[str, InputKind] = {
     "radio": InputKind.IMAGE,
     "siglip2": InputKind.IMAGE,
     "clip": InputKind.IMAGE,
+    "uniugg_vit": InputKind.IMAGE,
     "siglip2_text": InputKind.TEXT,
     "clip_text": InputKind.TEXT,
     "pooled": InputKind.RECORD,
     "projection": InputKind.RECORD,
+    "uniugg_vae": InputKind.RECORD,
+    "uniugg_reconstruction": InputKind.RECORD,
 }
 
 

@@ -86,6 +86,10 @@ class ConditionedUNet(nn.Module):
         mean = tuple(latent_mean) or (0.0,) * latent_channels
         if len(mean) != latent_channels:
             raise ModelError(f"latent_mean has {len(mean)} numbers for {latent_channels} latent channels")
+        self.settings: dict[str, Any] = {
+            "width": width, "latent_channels": latent_channels, "latent_mean": list(mean),
+            "latent_scale": float(latent_scale), "unet": dict(unet),
+        }  # fmt: skip
         self.latent_channels = latent_channels
         try:
             self.unet = UNet2DConditionModel(in_channels=latent_channels, out_channels=latent_channels, **unet)

@@ -63,6 +63,11 @@ class UniuggLLM(nn.Module):
                 f"image_token_id={image_token_id} and ray_token_id={ray_token_id} must be two different tokens of the "
                 f"vocabulary of {vocab_size}; take them from the tokenizer of the run"
             )
+        self.settings: dict[str, Any] = {
+            "channels": channels, "patch": patch, "grid": list(grid), "rays": rays, "language": dict(language),
+            "vocab_size": vocab_size, "image_token_id": image_token_id, "ray_token_id": ray_token_id,
+            "bidirectional_queries": bidirectional_queries,
+        }  # fmt: skip
         self.channels, self.patch, self.bidirectional_queries = channels, patch, bidirectional_queries
         self.vocab_size, self.image_token_id, self.ray_token_id = vocab_size, image_token_id, ray_token_id
         self.language = build_language(language, vocab_size)

@@ -40,6 +40,7 @@ def pair_targets(depth: Tensor, K: Tensor, pose: Tensor) -> PairTargets:
     known = torch.where(valid, depth, 0.0).float()
     to_first = relative(pose[:, :1].float().expand_as(pose), pose.float())
     points = transform(unproject(known, K.float()), to_first)
+    points = torch.where(torch.isfinite(points), points, 0.0)  # the camera of a broken sample is all zeros
     return PairTargets(points=points, valid=valid, sky=depth < 0)
 
 

@@ -133,7 +133,7 @@ def _spec(size: str, **defaults: Any) -> ModelSpec:
     return ModelSpec(
         name=name,
         build=functools.partial(build_unified, name),
-        defaults={**_TOKENS[size], **_LATENTS, "llm": {}, "diffusion": {}, **defaults},
+        defaults={**TOKENS[size], **_LATENTS, "llm": {}, "diffusion": {}, **defaults},
         roles=(LLM_ROLE, DIFFUSION_ROLE),
         edges=(EdgeSpec(source=LLM, target=DIFFUSION, tensors=(condition,), kinds=(GENERATION,)),),
         doc="UniUGG's LLM (with projector and ray queries) and the diffusion that its states condition.",
@@ -144,7 +144,7 @@ def _llm(size: str, **defaults: Any) -> ModelSpec:
     return ModelSpec(
         name=f"uniugg-llm-{size}",
         build=UniuggLLM,
-        defaults={**_TOKENS[size], **LLM_SIZES[size], **defaults},
+        defaults={**TOKENS[size], **LLM_SIZES[size], **defaults},
         roles=(LLM_ROLE,),
         doc="The LLM role of UniUGG's unified model, alone.",
     )
@@ -164,15 +164,15 @@ _LATENTS: Mapping[str, Any] = {"latent_channels": 4, "latent_mean": (), "latent_
 
 # The ids are those of the tokenizer that the size is meant for; a run takes them from the tokenizer it has. Qwen2.5's
 # table has room for them behind its 151,665 entries.
-_TOKENS: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {"channels": 64, "patch": 16, "vocab_size": 512, "image_token_id": 261, "ray_token_id": 264},
-    "small": {"channels": 384, "patch": 16, "vocab_size": 49280, "image_token_id": 49278, "ray_token_id": 49279},
+TOKENS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {"channels": 96, "patch": 16, "vocab_size": 512, "image_token_id": 261, "ray_token_id": 264},
+    "small": {"channels": 768, "patch": 16, "vocab_size": 49280, "image_token_id": 49278, "ray_token_id": 49279},
     "3b": {"channels": 1024, "patch": 16, "vocab_size": 151936, "image_token_id": 151934, "ray_token_id": 151935},
 }
 
 LLM_SIZES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {
-        "grid": (4, 4), "rays": "pixels", "bidirectional_queries": False,
+        "grid": (7, 7), "rays": "pixels", "bidirectional_queries": False,
         "language": {
             "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,

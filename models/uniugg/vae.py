@@ -8,7 +8,7 @@ shapes of every row of the table follow from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,9 @@ class SpatialVae(nn.Module):
         super().__init__()
         if width % 4 or width % heads:
             raise ModelError(f"spatial VAE: width={width} must be divisible by 4 and by heads={heads}")
+        self.settings: dict[str, Any] = {
+            "channels": channels, "width": width, "depth": depth, "heads": heads, "latent_channels": latent_channels,
+        }  # fmt: skip
         self.channels, self.latent_channels = channels, latent_channels
         self.encoder = LatentEncoder(channels, width, depth, heads, latent_channels)
         self.decoder = LatentDecoder(channels, width, depth, heads, latent_channels)
@@ -235,5 +238,5 @@ def _size(name: str, **defaults: object) -> ModelSpec:
 
 # channels follow from the encoder of a run; what stands here is the encoder that the size is meant for.
 SPATIAL_VAE_BASE = _size("spatial-vae-base", channels=1024, width=128, depth=4, heads=4, latent_channels=4)
-SPATIAL_VAE_SMALL = _size("spatial-vae-small", channels=384, width=128, depth=4, heads=4, latent_channels=4)
-SPATIAL_VAE_TINY = _size("spatial-vae-tiny", channels=64, width=64, depth=2, heads=4, latent_channels=4)
+SPATIAL_VAE_SMALL = _size("spatial-vae-small", channels=768, width=128, depth=4, heads=4, latent_channels=4)
+SPATIAL_VAE_TINY = _size("spatial-vae-tiny", channels=96, width=64, depth=2, heads=4, latent_channels=4)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.schema import RunConfig
+from configs.schema import EncoderConfig, RunConfig
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.families import input_kind
 from models.encoders.weights import same_digest
@@ -76,6 +76,8 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
             raise ConfigError(
                 f"encoders.{name}.upstream={settings.upstream!r}, but {settings.family} reads {kind}s, not records"
             )
+        if settings.family == "uniugg_vit":
+            return _trained_vit(settings)
         from models.encoders.hf import load_encoder
         from models.encoders.text import load_text_encoder
 
@@ -92,19 +94,39 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
         )
     if not settings.upstream:
         raise ConfigError(f"encoders.{name}.upstream must name an encoder: {settings.family} reads records")
+    upstream = _build(settings.upstream, config, (*before, name))
+    try:
+        return _behind(upstream, settings, stored_codec(config))
+    except TypeError as error:
+        raise ConfigError(f"encoders.{name}.arch={settings.arch} does not fit {settings.family}: {error}") from error
+
+
+def _trained_vit(settings: EncoderConfig) -> FrozenEncoder:
+    from models.encoders.uniugg import UniuggViT
+
+    return UniuggViT(
+        settings.weights,
+        arch=settings.arch,
+        seed=settings.seed,
+        height=settings.height,
+        width=settings.width,
+        dtype=settings.dtype,
+    )
+
+
+def _behind(upstream: FrozenEncoder, settings: EncoderConfig, codec: str) -> FrozenEncoder:
+    """An encoder of the records of ``upstream``."""
     from models.encoders.chain import PCAProjection, PooledTokens
 
-    upstream = _build(settings.upstream, config, (*before, name))
-    codec = stored_codec(config)
-    options = dict(settings.arch)
-    try:
-        if settings.family == "pooled":
-            return PooledTokens(upstream, codec, dtype=settings.dtype, **options)
-        return PCAProjection(
-            upstream, codec, weights=settings.weights, seed=settings.seed, dtype=settings.dtype, **options
-        )
-    except TypeError as error:
-        raise ConfigError(f"encoders.{name}.arch={options} does not fit {settings.family}: {error}") from error
+    options, weights, seed, dtype = dict(settings.arch), settings.weights, settings.seed, settings.dtype
+    if settings.family in ("uniugg_vae", "uniugg_reconstruction"):
+        from models.encoders.uniugg import UniuggPosterior, UniuggReconstruction
+
+        behind = UniuggPosterior if settings.family == "uniugg_vae" else UniuggReconstruction
+        return behind(upstream, codec, weights=weights, arch=options, seed=seed, dtype=dtype)
+    if settings.family == "pooled":
+        return PooledTokens(upstream, codec, dtype=dtype, **options)
+    return PCAProjection(upstream, codec, weights=weights, seed=seed, dtype=dtype, **options)
 
 
 def stored_codec(config: RunConfig) -> str:
@@ -252,6 +274,8 @@ def _raw_input(request: FeatureRequest, kind: InputKind, source: Answer | None) 
         if request.text is None:
             raise DataError(f"sample {request.sample_id!r}: encoder {request.encoder!r} takes text and there is none")
         return request.text
+    if request.pixels is not None:
+        return request.pixels
     if kind is InputKind.VIEWS:
         return [(load_image(ref), role) for ref, role in zip(request.images, request.roles, strict=True)]
     if len(request.images) != 1:
