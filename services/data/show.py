@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from configs.schema import RunConfig
-from services.contracts import Instance, Scene, View
+from services.contracts import Instance, Item, Scene, View
 from services.data.checks.report import colour_depth
 from services.data.cloud import fuse, picture, posed_views, save_ply, upright
 from services.data.images import load_depth, load_ids, load_image
@@ -27,7 +27,8 @@ TILES = 24
 """Views that are shown, evenly spaced."""
 _GOLDEN = 0.6180339887
 
-_STYLE = (
+#: Style sheet of the pages.
+STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#1d2430;"
     "background:#fff}h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}"
     "img{max-width:100%;border-radius:4px}.meta{color:#5b6572}"
@@ -173,7 +174,7 @@ def _page(scene: Scene, sections: Sequence[tuple[str, str, Path]]) -> str:
     ]
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(scene.id)}</title>'
-        f"<style>{_STYLE}</style><body><h1>{escape(scene.id)}</h1>"
+        f"<style>{STYLE}</style><body><h1>{escape(scene.id)}</h1>"
         f'<p class="meta">{escape(" · ".join(facts))}</p>'
     ]
     for title, note, path in sections:
@@ -185,23 +186,22 @@ def _page(scene: Scene, sections: Sequence[tuple[str, str, Path]]) -> str:
     return "".join(parts) + "</body></html>\n"
 
 
-def find_scene(manifests: dict[str, Manifest], name: str) -> Scene:
-    """The scene called ``name``, as ``scene`` or ``source/scene``. DataError lists similar names."""
+def find_record(manifests: dict[str, Manifest], name: str) -> Scene | Item:
+    """The scene or item called ``name``, as ``scene`` or ``source/scene``. DataError lists similar names."""
     names: list[str] = []
     for source, manifest in manifests.items():
         for scene_id in (name, name.removeprefix(f"{source}/")):
             if scene_id in manifest:
-                scene = manifest.scene(scene_id)
-                if isinstance(scene, Scene):
-                    return scene
-                raise DataError(f"{name} is an item of the source {source!r}; only scenes can be drawn")
+                return manifest.scene(scene_id)
         names += manifest.ids
     near = difflib.get_close_matches(name, names, 5, 0.4) or names[:5]
-    raise DataError(f"no source has a scene {name!r}; sources are {sorted(manifests)}, similar names {near}")
+    raise DataError(f"no source has a scene or item {name!r}; sources are {sorted(manifests)}, similar names {near}")
 
 
-def run_show(config: RunConfig, scene_id: str, out: Path) -> Path:
-    """`loom3d data show`: draw one scene of the config's sources into ``out``; returns the page."""
+def run_show(config: RunConfig, name: str, out: Path) -> Path:
+    """`loom3d data show`: draw one scene or item of the config's sources into ``out``; returns the page."""
+    from services.data.show_item import show_item
     from services.data.sources import open_sources
 
-    return show_scene(find_scene(open_sources(config), scene_id), out)
+    record = find_record(open_sources(config), name)
+    return show_scene(record, out) if isinstance(record, Scene) else show_item(record, config.data.text, out)

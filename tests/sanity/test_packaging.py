@@ -126,7 +126,7 @@ def test_declared_dependencies_are_sorted_and_pinned() -> None:
     names = [requirement_name(text) for text in project["dependencies"]]  # type: ignore[attr-defined]
     assert names == sorted(names)
     extras = project["optional-dependencies"]
-    assert set(extras) == {"wandb", "mlflow", "dev"}  # type: ignore[call-overload]
+    assert set(extras) == {"wandb", "mlflow", "smollm2", "dev"}  # type: ignore[call-overload]
     dev = [requirement_name(text) for text in extras["dev"]]  # type: ignore[index]
     assert dev == sorted(dev)
     pinned = pins()

@@ -46,10 +46,6 @@ class QuestionsReader(CorpusReader):
     @cached_property
     def records(self) -> Records:
         """The conversations of the chosen files, in the order of their names."""
-        if self.source.splits:
-            raise ConfigError(
-                "splits of format questions are those of the scenes; set them at the source of the scenes"
-            )
         chosen = [part for part in PARTS if self.option(part)]
         if not chosen:
             raise ConfigError(f"options of format questions choose nothing: set one of {', '.join(PARTS)} to true")
@@ -58,6 +54,13 @@ class QuestionsReader(CorpusReader):
     def layout(self) -> str:
         """One line on the layout."""
         return "a folder that `loom3d data questions` wrote, with questions-train.jsonl and so on"
+
+    def _explicit_splits(self) -> Mapping[str, Split]:
+        if self.source.splits:
+            raise ConfigError(
+                "splits of format questions are those of the scenes; set them at the source of the scenes"
+            )
+        return {}
 
     def split_of(self, scene_id: str) -> Split | None:  # noqa: ARG002 - as the base
         """None: a record states the split of its scene, and one without belongs to a scene without."""

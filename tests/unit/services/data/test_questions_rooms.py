@@ -112,5 +112,5 @@ def test_a_room_is_drawn(config: RunConfig, tmp_path: Path) -> None:
     page = run_show(config, f"rooms/{name}", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"above.png", "labels.png", "instances.png", "cloud.ply"}
     assert page.name == "index.html"
-    with pytest.raises(DataError, match="no source has a scene 'nowhere'"):
+    with pytest.raises(DataError, match="no source has a scene or item 'nowhere'"):
         run_show(config, "nowhere", tmp_path)

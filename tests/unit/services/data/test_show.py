@@ -142,7 +142,7 @@ def test_finding_a_scene(scene: Scene) -> None:
             return dataclasses.replace(scene, id=name)
 
     manifests = {"rooms": Manifest()}
-    assert show.find_scene(manifests, "scene_a").id == "scene_a"
-    assert show.find_scene(manifests, "rooms/scene_b").id == "scene_b"
-    with pytest.raises(DataError, match=r"no source has a scene 'scen_a'.*\['rooms'\].*scene_a"):
-        show.find_scene(manifests, "scen_a")
+    assert show.find_record(manifests, "scene_a").id == "scene_a"
+    assert show.find_record(manifests, "rooms/scene_b").id == "scene_b"
+    with pytest.raises(DataError, match=r"no source has a scene or item 'scen_a'.*\['rooms'\].*scene_a"):
+        show.find_record(manifests, "scen_a")
