@@ -45,7 +45,7 @@ class Links(Protocol):
     def phase(self, name: str, step: int = -1, micro: int = -1) -> None: ...  # noqa: D102
     def agree(self, step: int, counts: Mapping[str, float], broken: Mapping[str, str]) -> Agreement: ...  # noqa: D102
     def exchange(self, what: str, step: int, data: Any) -> list[Any]: ...  # noqa: D102
-    def vote(self, step: int, finite: bool, directive: Directive = "continue") -> Verdict: ...  # noqa: D102
+    def vote(self, step: int, finite: bool, directive: Directive | None = None) -> Verdict: ...  # noqa: D102
     def send(self, micro: Micro, tensors: Mapping[str, Tensor], *, gradients: bool = True) -> None: ...  # noqa: D102
     def receive(self, micro: Micro, *, gradients: bool = True) -> dict[str, Tensor]: ...  # noqa: D102
     def answer(self, micro: Micro, received: Mapping[str, Tensor]) -> None: ...  # noqa: D102
@@ -79,9 +79,11 @@ class Alone:
         """Every rank's data."""
         return self._backend.exchange(data)
 
-    def vote(self, step: int, finite: bool, directive: Directive = "continue") -> Verdict:  # noqa: ARG002
-        """What this rank says: the backend's sums are equal on all ranks already."""
-        return Verdict(finite=finite, directive=directive)
+    def vote(self, step: int, finite: bool, directive: Directive | None = None) -> Verdict:  # noqa: ARG002
+        """The backend's sums are equal on all ranks already; a directive is that of rank 0."""
+        if directive is None:
+            return Verdict(finite=finite)
+        return vote.verdict([""], [(finite, self._backend.exchange(directive)[0])])
 
     def send(self, micro: Micro, tensors: Mapping[str, Tensor], *, gradients: bool = True) -> None:
         """Nobody is there to send to."""
@@ -185,9 +187,9 @@ class Link:
         messages = self.exchange("agree", step, [dict(counts), dict(broken)])
         return vote.agreement(self.role, self.owners, [(counts, broken) for counts, broken in messages])
 
-    def vote(self, step: int, finite: bool, directive: Directive = "continue") -> Verdict:
+    def vote(self, step: int, finite: bool, directive: Directive | None = None) -> Verdict:
         """What all ranks do: skip if one is not finite; then what rank 0 of the first role says."""
-        ballots = self.exchange("vote", step, [bool(finite), directive])
+        ballots = self.exchange("vote", step, [bool(finite), directive or "continue"])
         return vote.verdict(self.owners, [(finite, directive) for finite, directive in ballots])
 
     # -- the sending end -------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Sample:
 class MicroBatch:
     batch: dict[str, Any]
     samples: tuple[Sample, ...]
+    kind: str = "toy"
 
 
 @dataclass
