@@ -102,6 +102,10 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["trainer.warmup_steps=400"], ["trainer.warmup_steps=400 must be less than trainer.steps=400"]),
     (["peft.targets=[q]"], ["peft.targets=['q'] has no effect", "peft=lora"]),
     (["data.checks.min_depth=40"], ["data.checks.min_depth=40.0", "data.checks.max_depth"]),
+    (["data.pairs.min_overlap=0.96"], ["data.pairs.min_overlap=0.96", "less than data.pairs.max_overlap=0.95"]),
+    (["data.augment.jitter=[0.5,0.5]"], ["data.augment.jitter=[0.5, 0.5]", "four numbers >= 0", "hue up to 0.5"]),
+    (["data.augment.jitter=[0.5,0.5,0.5,0.9]"], ["data.augment.jitter=", "hue up to 0.5"]),
+    (["data.augment.min_crop=0"], ["data.augment.min_crop=0.0 is out of range", "more than 0"]),
 ]
 
 

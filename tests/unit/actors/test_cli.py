@@ -182,6 +182,12 @@ def test_data_verbs_make_index_and_check_rooms(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "checks" / "rooms" / "report.html").exists()
     assert cli.main(["data", "questions", *overrides]) == 0
     assert list((tmp_path / "questions" / "rooms").glob("*.jsonl"))
+    # Two views of a room lie at its ends, so that none of them need be a pair at the default bounds.
+    assert cli.main(["data", "pairs", "data.pairs.min_overlap=0.01", *overrides]) == 0
+    assert "pairs of 3 scenes" in capsys.readouterr().out
+    assert (tmp_path / "pairs" / "rooms" / "pairs.html").exists()
+    assert cli.main(["data", "pairs", "data.pairs.min_overlap=0.94", *overrides]) == 1
+    assert "3 of 3 scenes have no pairs" in capsys.readouterr().out
 
 
 def test_features_verbs_warm_verify_explain_and_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
