@@ -17,11 +17,12 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a module: trained parameters and persistent buffers; frozen weights are not saved.
 
-    The tensors are the module's own, so they can be written to; those of a sharded module are DTensors.
+    The tensors are the module's own, so they can be written to; those of a sharded module are DTensors. A weight that
+    has several names (tied embeddings) is there once.
     """
-    parameters = {name for name, _ in module.named_parameters()}
     names = trainable(module).keys()
-    return {n: t for n, t in module.state_dict(keep_vars=True).items() if n in names or n not in parameters}
+    state = module.state_dict(keep_vars=True)
+    return {name: t for name, t in state.items() if name in names or not isinstance(t, nn.Parameter)}
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

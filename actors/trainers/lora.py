@@ -1,0 +1,184 @@
+"""Low-rank updates of a pretrained module, through PEFT: put in, merged, and saved in PEFT's own layout.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". The only place that knows PEFT. Adapters are put
+into the role's module in place, so that what the role's step calls stays the same object: an adapted layer
+``q_proj`` holds its frozen ``base_layer`` and the trained ``lora_A.default`` and ``lora_B.default``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs import ConfigError
+from configs.schema import PeftConfig
+from models.spec import RoleSpec
+
+_ADAPTER = "default"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def apply_lora(
+    module: nn.Module, role: RoleSpec, peft: PeftConfig, *, keep: Sequence[str] = (), seed: int = 0
+) -> nn.Module:
+    """Put low-rank updates into ``module``, in place, and freeze what they adapt; returns it.
+
+    The updates begin at zero: the outputs stay what they were.
+
+    Args:
+        module: of one role.
+        role: names the modules that get an update where ``peft.targets`` does not.
+        peft: rank, alpha, dropout, targets. A target is the last part, or last parts, of a module's name.
+        keep: globs of parameters that are trained whole beside the updates, as ``recipe.train`` names them. () are the
+            children of ``module`` that hold no update: new layers beside a pretrained network.
+        seed: of the updates' first factor.
+
+    ConfigError for a target or a glob that matches nothing, or a layer that cannot have an update.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = peft.targets or list(role.lora_targets)
+    _check_targets(module, role, targets)
+    kept = _kept(module, keep, targets)
+    config = LoraConfig(
+        r=peft.rank, lora_alpha=_alpha(peft.alpha), lora_dropout=peft.dropout, target_modules=list(targets)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+        except ValueError as error:
+            raise ConfigError(f"peft.targets={list(targets)}: {error}") from error
+    # PEFT has frozen everything but the updates. A kept parameter is the same object, perhaps under a longer name.
+    for parameter in kept:
+        parameter.requires_grad_(True)
+    return module
+
+
+def merge_lora(module: nn.Module) -> nn.Module:
+    """Add the updates to the weights that they adapt and take the adapters out, in place; returns the module.
+
+    Its names are those from before :func:`apply_lora`. A module without adapters stays as it is.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, child) for name, child in module.named_modules() if isinstance(child, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge(safe_merge=True)
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, layer.get_base_layer())
+    if hasattr(module, "peft_config"):
+        del module.peft_config
+    return module
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether the module holds adapters."""
+    return any(_is_update(name) for name, _ in module.named_parameters())
+
+
+def adapter_state(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The updates among ``tensors`` (a state dict, or what ``Backend.weights`` gave) under PEFT's names.
+
+    ``prefix`` is the path of the adapted network in the role's module ("language"): the names are then those that
+    ``peft.PeftModel.from_pretrained(network, folder)`` looks for.
+    """
+    begin = f"{prefix}." if prefix else ""
+    return {
+        "base_model.model." + name.removeprefix(begin).replace(f".{_ADAPTER}.", "."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(begin) and _is_update(name)
+    }
+
+
+def save_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], role: RoleSpec, peft: PeftConfig, *, prefix: str = "", base: str = ""
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT reads them.
+
+    Args:
+        folder: is made.
+        tensors, prefix: see :func:`adapter_state`.
+        role, peft: with which the updates were made.
+        base: what the updates belong to (a hub name or a folder), for whoever loads them.
+
+    ConfigError when there are no updates among the tensors.
+    """
+    from peft import LoraConfig
+
+    state = adapter_state(tensors, prefix)
+    if not state:
+        raise ConfigError(
+            f"role {role.name!r} has no low-rank updates below {prefix or 'its module'!r}: it was trained with "
+            f"peft.method={peft.method}; adapters exist with peft=lora only"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
+    config = LoraConfig(
+        r=peft.rank,
+        lora_alpha=_alpha(peft.alpha),
+        lora_dropout=peft.dropout,
+        target_modules=peft.targets or list(role.lora_targets),
+        base_model_name_or_path=base or None,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+
+
+def _alpha(alpha: float) -> Any:
+    """PEFT declares alpha as an integer and computes with what it gets; whole numbers are written as such."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _is_update(name: str) -> bool:
+    return f".{_ADAPTER}." in name and ".lora_" in name
+
+
+def _fits(name: str, target: str) -> bool:
+    """PEFT's rule: the whole name of a module, or its end after a dot."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _check_targets(module: nn.Module, role: RoleSpec, targets: Sequence[str]) -> None:
+    names = [name for name, _ in module.named_modules() if name]
+    if not targets:
+        raise ConfigError(
+            f"peft.method=lora: role {role.name!r} names no modules for it; set peft.targets (or "
+            f"roles.{role.name}.targets), or train it whole with peft=none"
+        )
+    for target in targets:
+        if any(_fits(name, target) for name in names):
+            continue
+        ends = sorted({name.rsplit(".", 1)[-1] for name, child in module.named_modules() if _can_have_update(child)})
+        near = difflib.get_close_matches(target, {*ends, *names}, n=5, cutoff=0.5)
+        raise ConfigError(
+            f"peft.targets has {target!r}, which matches no module of role {role.name!r}; "
+            + (f"near it: {', '.join(near)}; " if near else "")
+            + f"layers that can have an update end in {', '.join(ends[:20])}"
+        )
+
+
+def _can_have_update(child: nn.Module) -> bool:
+    return isinstance(child, nn.Linear | nn.Conv2d | nn.Embedding)
+
+
+def _kept(module: nn.Module, keep: Sequence[str], targets: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters that stay trained whole."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    unused = [glob for glob in keep if not fnmatch.filter(parameters, glob)]
+    if unused:
+        heads = sorted({name.split(".")[0] for name in parameters})
+        raise ConfigError(f"recipe.train has {unused}, which matches no trainable parameter; names begin with {heads}")
+    if keep:
+        return [p for name, p in parameters.items() if any(fnmatch.fnmatchcase(name, glob) for glob in keep)]
+    adapted = {
+        name.split(".")[0] for name, _ in module.named_modules() if any(_fits(name, target) for target in targets)
+    }
+    return [p for name, p in parameters.items() if name.split(".")[0] not in adapted]
