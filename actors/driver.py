@@ -48,7 +48,9 @@ def train(config: RunConfig) -> RunResult:
     from actors import preflight
     from actors.evaluate import evaluate
     from actors.report import write_report
+    from services.data.pairs import open_pairs
     from services.data.sources import open_sources
+    from services.streams.sampling import needs_pairs
     from services.features.encode import pin_weights
 
     began = time.time()
@@ -59,6 +61,8 @@ def train(config: RunConfig) -> RunResult:
     logs.record(folder / "events", "driver")
     with counting("", config.logger.progress) as show:
         manifests = open_sources(config, progress=show)
+        if needs_pairs(config):
+            open_pairs(config, manifests, progress=show)  # plans, here and in workers, read what is then stored
     for name, manifest in manifests.items():
         _log.info("data %s: %d entries, %d views", name, len(manifest), manifest.count_views())
     with ExitStack() as running:

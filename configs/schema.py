@@ -85,7 +85,8 @@ class PairsConfig:
     min_overlap: float = 0.25
     # ... and at most this share (nearly equal views teach nothing).
     max_overlap: float = 0.95
-    # At most this many pairs of one scene, spread evenly over the overlap (0: all).
+    # At most this many pairs of one scene, spread evenly over the overlap (0: all; a scene of a thousand views has tens
+    # of thousands, and measuring them takes minutes).
     per_scene: int = 0
     # Depth maps are thinned to this many pixels along the longer side before they are compared.
     side: int = 48
