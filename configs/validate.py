@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.convert import nearest
 from configs.paths import is_uri
-from configs.schema import EncoderConfig, RoleConfig, RunConfig, SourceConfig
+from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig
 
 SPLITS = ("train", "val", "test")
 FORMATS = (
@@ -419,7 +419,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
             f"trainer.warmup_steps={trainer.warmup_steps} must be less than trainer.steps={trainer.steps}, "
             "or the learning rate never reaches its peak"
         )
-    if config.peft.method == "none" and config.peft.targets:
+    adapted = config.peft.method != "none" or any(role.peft not in ("", "none") for role in config.roles.values())
+    if config.peft.targets and not adapted:
         yield f"peft.targets={config.peft.targets} has no effect with peft.method=none; choose peft=lora"
 
 
@@ -456,8 +457,26 @@ def _workers(path: str, role: RoleConfig, config: RunConfig) -> Iterator[str]:
             )
     if sizes[-1] > 1 and config.cluster.mode == "inline":
         yield f"{path}={sizes} contradicts cluster.mode=inline, which has one process; choose cluster=local"
-    if sizes[-1] > 1 and config.backend.name == "single":
-        yield f"{path}={sizes} contradicts backend.name=single, which has one worker; choose backend=ddp"
+
+
+def _backends(config: RunConfig) -> Iterator[str]:
+    """What a backend cannot do, by role: each may have one of its own."""
+    for name in ROLES.get(config.recipe.name, ()):
+        given = config.roles.get(name, RoleOverrides())
+        key = f"roles.{name}.backend" if given.backend else "backend.name"
+        backend = given.backend or config.backend.name
+        sizes = config.cluster.roles[name].workers if name in config.cluster.roles else [1]
+        if backend == "single" and sizes and sizes[-1] > 1:
+            yield (
+                f"cluster.roles.{name}.workers={sizes} contradicts {key}=single, which has one worker; "
+                f"choose {key.removesuffix('.name')}=ddp"
+            )
+        ema = given.trainer.get("ema", config.trainer.ema)
+        if backend == "zero3" and ema:
+            yield (
+                f"trainer.ema={ema} contradicts {key}=zero3: no rank holds the weights that would be averaged; "
+                f"set it to 0, or choose {key.removesuffix('.name')}=zero2 or fsdp2"
+            )
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
@@ -468,4 +487,5 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _cache,
     _trainer,
     _cluster,
+    _backends,
 )

@@ -105,8 +105,10 @@ def save_adapter(
 
     Args:
         folder: is made.
-        tensors, prefix: see :func:`adapter_state`.
-        role, peft: with which the updates were made.
+        tensors: hold the updates, see :func:`adapter_state`.
+        role: that has been trained.
+        peft: with which the updates were made.
+        prefix: see :func:`adapter_state`.
         base: what the updates belong to (a hub name or a folder), for whoever loads them.
 
     ConfigError when there are no updates among the tensors.

@@ -31,8 +31,9 @@ def parameter_groups(module: nn.Module, config: TrainerConfig, no_decay: Sequenc
     unused = [glob for glob in config.lr_scale if not any(fnmatch.fnmatchcase(name, glob) for name in parameters)]
     if unused:
         raise ConfigError(
-            f"trainer.lr_scale: {unused} fits none of the {len(parameters)} trained parameters; "
-            f"they begin with {sorted({name.split('.')[0] for name in parameters})}"
+            f"trainer.lr_scale: {unused} fits none of the {len(parameters)} trained parameters, which begin with "
+            f"{sorted({name.split('.')[0] for name in parameters})}; in a run of several roles set it for one of them, "
+            "under roles.<role>.trainer.lr_scale"
         )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():

@@ -89,6 +89,8 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["cluster.roles.trainer.workers=[2,3]"], ["3 workers", "[2, 3]"]),
     (["cluster.roles.trainer.workers=[2]", "cluster=inline"], ["workers=[2] contradicts cluster.mode=inline"]),
     (["cluster.roles.trainer.workers=[2]", "backend=single"], ["contradicts backend.name=single", "backend=ddp"]),
+    (["backend=zero3", "trainer.ema=0.9"], ["trainer.ema=0.9 contradicts backend.name=zero3", "backend=zero2"]),
+    (["roles.trainer.backend=zero3", "trainer.ema=0.9"], ["contradicts roles.trainer.backend=zero3"]),
     (["cluster.roles.trainr.workers=[1]"], ["cluster.roles.trainr", "Did you mean trainer?"]),
     (["cluster.mode=attach"], ["cluster.mode=attach needs cluster.address"]),
     (["cluster.address=127.0.0.1:6379"], ["cluster.address", "contradicts cluster.mode=local"]),

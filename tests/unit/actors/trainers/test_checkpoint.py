@@ -14,6 +14,7 @@ import torch
 
 from actors.trainers.checkpoint import Checkpoints, Identity, load_weights, resume
 from actors.trainers.loop import Hooks
+from actors.trainers.tensors import saved_tensors
 from services.errors import ResumeError
 
 IDENTITY = Identity(settings={"trainer.lr": 0.05, "trainer.betas": (0.9, 0.999)}, plan="p" * 64)
@@ -58,6 +59,7 @@ sys.path.insert(0, {root!r})
 from tests.support import toy_role as toy
 from actors.trainers.checkpoint import Checkpoints, Identity, resume
 from actors.trainers.loop import Hooks
+from actors.trainers.tensors import saved_tensors
 import torch
 torch.set_num_threads(1)
 checkpoints = Checkpoints(Path({folder!r}), Identity(settings={{}}, plan="p"), keep=2)
@@ -112,6 +114,50 @@ def test_keeps_the_newest_and_the_best(toy: Any, tmp_path: Path) -> None:
     assert best.step == 4
     assert newest is not None
     assert newest.step == 10
+
+
+def test_another_may_say_which_steps_are_kept(toy: Any, tmp_path: Path) -> None:
+    """As a run of several roles does, whose roles must keep the same steps."""
+    checkpoints = Checkpoints(tmp_path, IDENTITY, keep=1)
+    loop = toy.loop()
+    for step in toy.steps(0, 4):
+        loop.train_step(step)
+        folder = checkpoints.save(loop, best=False, drop=False)
+        assert folder == tmp_path / f"step-{step.step + 1:08d}"
+    assert checkpoints.steps() == [1, 2, 3, 4]
+    assert checkpoints.at(2).step == 2
+    (tmp_path / "step-00000003" / "weights.safetensors").write_bytes(b"torn")
+    assert checkpoints.steps() == [1, 2, 4]
+    with pytest.raises(ResumeError, match=r"step-00000003 cannot be resumed: weights.safetensors is torn"):
+        checkpoints.at(3)
+    with pytest.raises(ResumeError, match=r"no checkpoint of step 7; it has \[1, 2, 4\]"):
+        checkpoints.at(7)
+    with pytest.raises(ResumeError, match="belongs to another run"):
+        Checkpoints(tmp_path, Identity(settings={}, plan=IDENTITY.plan), keep=1).at(2)
+    (tmp_path / ".writing-step-00000005-999").mkdir()
+    checkpoints.drop_except([2, 4])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_tied_weight_is_saved_once(toy: Any, tmp_path: Path) -> None:
+    class Tied(toy.Toy):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.linear
+            self.linear.bias.requires_grad_(False)
+
+    module = Tied()
+    assert set(saved_tensors(module)) == {"linear.weight", "head.weight", "head.bias"}
+    loop = toy.loop()
+    loop.module = loop.backend.prepare(module, loop.role, loop.config)
+    Checkpoints(tmp_path, IDENTITY, keep=1).save(loop, best=False)
+    found = Checkpoints(tmp_path, IDENTITY, keep=1).newest()
+    assert found is not None
+    other = Tied()
+    with torch.no_grad():
+        other.linear.weight.zero_()
+    load_weights(other, found)
+    assert torch.equal(other.again.weight, module.linear.weight)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from actors.trainers.loop import Hooks
 from actors.trainers.optim import learning_rate
+from configs import ConfigError
 from configs.schema import TrainerConfig
 from services.errors import NonFiniteError
 from services.telemetry import events
@@ -70,6 +71,37 @@ def test_clipping_limits_the_norm_that_the_optimiser_sees(toy: Any) -> None:
     loop.train_step(toy.step(0))
     norm = torch.nn.utils.get_total_norm([p.grad for p in loop.module.parameters()])
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_parameters_have_their_factor_on_the_learning_rate(toy: Any) -> None:
+    """The first glob that fits counts; a factor of 0 leaves the weights where they are."""
+    loop = toy.loop(lr_scale={"linear.bias": 0.0, "linear.*": 0.5}, clip_norm=0.0, weight_decay=0.1)
+    reference = toy.Toy()
+    adam = torch.optim.AdamW(
+        [
+            {"params": [reference.head.weight], "weight_decay": 0.1, "scale": 1.0},
+            {"params": [reference.head.bias], "weight_decay": 0.0, "scale": 1.0},
+            {"params": [reference.linear.weight], "weight_decay": 0.1, "scale": 0.5},
+        ]
+    )
+    before = reference.linear.bias.detach().clone()
+    for step in range(3):
+        loop.train_step(toy.step(step))
+        data = toy.data(step, 8)
+        error = reference(data["x"]) - data["y"]
+        adam.zero_grad()
+        (error.square().mean() + 0.5 * error.abs().mean()).backward()
+        for group in adam.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, loop.config)
+        adam.step()
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(loop.module.state_dict()[name], value)
+    assert torch.equal(loop.module.linear.bias, before)
+
+
+def test_a_factor_that_fits_no_parameter_is_refused(toy: Any) -> None:
+    with pytest.raises(ConfigError, match=r"trainer.lr_scale: \['encoder.*'\] fits none of the 4 trained parameters"):
+        toy.loop(lr_scale={"head.*": 0.5, "encoder.*": 0.1})
 
 
 def test_learning_rate_warms_up_and_falls_to_the_floor() -> None:

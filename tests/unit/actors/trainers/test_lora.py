@@ -154,7 +154,7 @@ def test_a_role_without_targets_or_updates_is_refused(tmp_path: Path) -> None:
 
 
 def train(name: str) -> dict[str, Tensor]:
-    """Three steps of the LLM's updates, with recomputed blocks, on a backend; the weights that a checkpoint would hold."""
+    """Three steps of the LLM's updates, with recomputed blocks, on a backend; what a checkpoint would hold."""
     torch.manual_seed(0)
     module = apply_lora(language_role(), LLM_ROLE, PEFT)
     checkpoint_activations(module, LLM_ROLE)
