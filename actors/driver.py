@@ -50,8 +50,8 @@ def train(config: RunConfig) -> RunResult:
     from actors.report import write_report
     from services.data.pairs import open_pairs
     from services.data.sources import open_sources
-    from services.streams.sampling import needs_pairs
     from services.features.encode import pin_weights
+    from services.streams.sampling import needs_pairs
 
     began = time.time()
     preflight.check(config)  # a run that cannot start leaves nothing behind

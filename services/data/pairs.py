@@ -165,14 +165,16 @@ class PairIndex:
             raise DataError(f"{path}: the pairs cannot be written ({error.strerror or error})") from error
 
     @classmethod
-    def load(cls, path: Path) -> PairIndex:
-        """Read a saved index. DataError names the file when it is missing or damaged."""
+    def load(cls, path: Path, key: str) -> PairIndex:
+        """Read a saved index. DataError names the file when it is missing, damaged, or made from something else."""
         try:
             table = pq.read_table(path)
             meta = json.loads(table.schema.metadata[_FACTS])
             index = cls(meta["source"], meta["key"], list(_parts(table, meta["scenes"])))
             if index.digest != meta["digest"]:
                 raise ValueError("its pairs are not those it was saved with")
+            if index.key != key:
+                raise ValueError(f"it was made from {index.key[:16]}, not {key[:16]}")
         except FileNotFoundError as error:
             raise DataError(f"{path}: there is no such file of pairs; make it with `loom3d data pairs`") from error
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
@@ -234,7 +236,7 @@ def open_pairs(
     for name, manifest in manifests.items():
         path = pairs_path(config, name, manifest.digest)
         with events.span("pairs", source=name) as fields, exclusive(path.with_suffix(".lock")):
-            index = _load_valid(path)
+            index = _load_valid(path, pairs_key(manifest.digest, config.data.pairs))
             if index is None:
                 shown = None if progress is None else _naming(f"pairs of {name}", progress)
                 parts = path.with_suffix(".parts")
@@ -257,7 +259,7 @@ def stored_pairs(config: RunConfig, manifests: Mapping[str, Any]) -> dict[str, P
     found = {}
     for name, manifest in manifests.items():
         path = pairs_path(config, name, manifest.digest)
-        found[name] = _load_once(path, Stamp.of(path))
+        found[name] = _load_once(path, pairs_key(manifest.digest, config.data.pairs), Stamp.of(path))
     return found
 
 
@@ -276,8 +278,8 @@ def pairs_path(config: RunConfig, source: str, manifest_digest: str) -> Path:
 def _one_scene(manifest: Manifest, config: PairsConfig, key: str, scene_id: str, path: Path | None) -> ScenePairs:
     """The pairs of a scene, from its part where that is there and whole."""
     if path is not None and path.exists():
-        index = _load_valid(path)
-        if index is not None and index.key == key and list(index.facts) == [scene_id]:
+        index = _load_valid(path, key)
+        if index is not None and list(index.facts) == [scene_id]:
             return next(_of_index(index))
     scene = manifest.scene(scene_id)
     assert isinstance(scene, Scene), "entries of the kind scene hold scenes"
@@ -318,11 +320,11 @@ def _parts(table: pa.Table, scenes: list[dict[str, Any]]) -> Iterator[ScenePairs
         )
 
 
-def _load_valid(path: Path) -> PairIndex | None:
+def _load_valid(path: Path, key: str) -> PairIndex | None:
     if not path.exists():
         return None
     try:
-        return PairIndex.load(path)
+        return PairIndex.load(path, key)
     except DataError as error:
         # It can be made again from the source, so a damaged file costs time and nothing else.
         _log.warning("%s", error)
@@ -330,8 +332,8 @@ def _load_valid(path: Path) -> PairIndex | None:
 
 
 @lru_cache(maxsize=16)
-def _load_once(path: Path, stamp: Stamp | None) -> PairIndex:  # noqa: ARG001 - another stamp is another file
-    return PairIndex.load(path)
+def _load_once(path: Path, key: str, stamp: Stamp | None) -> PairIndex:  # noqa: ARG001 - another stamp, another file
+    return PairIndex.load(path, key)
 
 
 def _part(folder: Path | None, number: int) -> Path | None:

@@ -1,6 +1,7 @@
 """Kinds of sample: what the units of a source are for each kind, and how a unit becomes views with roles.
 
-A *kind* is registered once in :data:`SAMPLERS`. Its sampler says how many units an entry of a manifest has and
+A *kind* is registered once, in :data:`SAMPLERS`, or in :data:`PAIR_KINDS` where it is drawn from a source's
+co-visibility index (:mod:`services.data.pairs`). Its sampler says how many units an entry of a manifest has and
 makes the content of a unit. A unit is what an epoch draws at most once; two units of a kind never have the same
 (item, views). Everything is a pure function of the entry, the unit and the generator that it is given.
 """

@@ -309,7 +309,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, caplog: pytest.LogCapture
     path = pairs.pairs_path(config, "walls", source.digest)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"the file of pairs is damaged .*run `loom3d data pairs`"):
-        PairIndex.load(path)
+        PairIndex.load(path, made.key)
     with caplog.at_level(logging.WARNING):
         assert open_pairs(config, {"walls": source})["walls"].digest == made.digest  # type: ignore[dict-item]
     assert str(path) in caplog.text
@@ -317,13 +317,15 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_rows_that_are_not_the_scenes_are_refused(tmp_path: Path) -> None:
     source, config = walls(tmp_path), run_of(tmp_path)
-    open_pairs(config, {"walls": source})  # type: ignore[dict-item]
+    key = open_pairs(config, {"walls": source})["walls"].key  # type: ignore[dict-item]
     path = pairs.pairs_path(config, "walls", source.digest)
+    with pytest.raises(DataError, match=f"it was made from {key[:16]}, not abc"):
+        PairIndex.load(path, "abc")
     table = pq.read_table(path)
     for changed, why in ((table.slice(1), "29 rows for 30 pairs"), (table.take([1, 0, *range(2, 30)]), "not those")):
         pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
         with pytest.raises(DataError, match=why):
-            PairIndex.load(path)
+            PairIndex.load(path, key)
 
 
 def test_without_an_index_the_error_says_how_to_make_one(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Source:
         return [entry for entry in self.entries if entry.split == split]
 
 
-def index_of(source: str, scenes: Mapping[str, list[tuple[int, int]]]) -> PairIndex:
+def index_of(source: str, scenes: Mapping[str, list[tuple[int, int]]], key: str = "key") -> PairIndex:
     """An index of these pairs; what the plan does not read is zero."""
     parts = [
         ScenePairs(
@@ -54,7 +54,7 @@ def index_of(source: str, scenes: Mapping[str, list[tuple[int, int]]]) -> PairIn
         )
         for name, found in scenes.items()
     ]
-    return PairIndex(source, "key", parts)
+    return PairIndex(source, key, parts)
 
 
 SCENES = {
@@ -217,14 +217,15 @@ def test_what_is_missing_for_pairs_is_named() -> None:
 
 
 def test_without_indices_the_stored_ones_are_read(tmp_path: Path) -> None:
-    from services.data.pairs import pairs_path
+    from services.data.pairs import pairs_key, pairs_path
 
     config, source = config_of({"pair": 1.0}, root=tmp_path), Source("rooms", ENTRIES)
     with pytest.raises(DataError, match=r"there is no such file of pairs; make it with `loom3d data pairs`"):
         EpochPlan(config, {"rooms": source})
-    index_of("rooms", SCENES).save(pairs_path(config, "rooms", source.digest))
+    index = index_of("rooms", SCENES, pairs_key(source.digest, config.data.pairs))
+    index.save(pairs_path(config, "rooms", source.digest))
     plan = EpochPlan(config, {"rooms": source})
-    assert plan.digest == EpochPlan(config, {"rooms": source}, pairs={"rooms": index_of("rooms", SCENES)}).digest
+    assert plan.digest == EpochPlan(config, {"rooms": source}, pairs={"rooms": index}).digest
     # A source of weight 0 is not drawn from and needs no index.
     weights = {"rooms": SourceConfig(), "other": SourceConfig(weight=0.0)}
     more = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=weights))
