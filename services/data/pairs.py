@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -204,21 +205,20 @@ def build_pairs(
         threads: scenes that are worked on at once.
         progress: called with (scenes done, scenes in all, id of the last).
 
-    A view that cannot be read is left out, named in :attr:`PairIndex.facts`, and logged.
+    A view that cannot be read is left out and named in :attr:`PairIndex.facts`; the log says how many of a scene.
     """
     splits = {entry.id: entry.split for entry in manifest.entries if entry.kind == "scene"}
     key = pairs_key(manifest.digest, config)
     done: list[ScenePairs] = []
-    # Scenes run in parallel; were torch to split its small operations too, threads would wait for each other.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        made = pool.map(
-            lambda part: _one_scene(manifest, config, key, part[1], _part(parts, part[0])), enumerate(splits)
-        )
-        for found in made:
+    with _one_thread_each(threads) as pool:
+        work = enumerate(splits)
+        for found in pool.map(lambda part: _one_scene(manifest, config, key, part[1], _part(parts, part[0])), work):
             split = splits[found.facts.id]
             done.append(dataclasses.replace(found, facts=dataclasses.replace(found.facts, split=split and str(split))))
-            for name, why in _named(found.facts):
-                _log.warning("pairs of %s: %s is left out: %s", manifest.name, name, why)
+            left_out = _named(found.facts)
+            if left_out:
+                count, (name, why) = len(left_out), left_out[0]
+                _log.warning("pairs of %s: %d views are left out, e.g. %s: %s", manifest.name, count, name, why)
             if progress is not None:
                 progress(len(done), len(splits), found.facts.id)
     return PairIndex(manifest.name, key, done)
@@ -273,6 +273,21 @@ def pairs_path(config: RunConfig, source: str, manifest_digest: str) -> Path:
     """The file of a source's index, whether it is there or not."""
     folder = Path(config.storage.root).expanduser().absolute() / "pairs"
     return folder / f"{source}-{pairs_key(manifest_digest, config.data.pairs)[:16]}.parquet"
+
+
+@contextmanager
+def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch does not split its operations: scenes run in parallel, and would wait for each other.
+
+    What one thread sets, torch hands to every thread that starts later: a run that goes on in this process would be
+    left with one core, so the number is set again at the end.
+    """
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _one_scene(manifest: Manifest, config: PairsConfig, key: str, scene_id: str, path: Path | None) -> ScenePairs:

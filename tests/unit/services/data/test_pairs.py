@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from configs import RunConfig
 from configs.schema import PairsConfig, StorageConfig
@@ -246,6 +248,20 @@ def test_an_index_of_a_source(tmp_path: Path) -> None:
     assert "wall3" in index.missing()
 
 
+def test_threads_that_start_later_keep_their_cores(tmp_path: Path) -> None:
+    """torch hands what any thread set to those that start after it; a run may go on in this process."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        build_pairs(walls(tmp_path), PairsConfig(), threads=2)  # type: ignore[arg-type]
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3]
+
+
 def test_the_digest_names_the_pairs(tmp_path: Path) -> None:
     source = walls(tmp_path)
     one = build_pairs(source, PairsConfig(side=64), threads=1)  # type: ignore[arg-type]
@@ -351,13 +367,14 @@ def test_a_source_without_depth_says_so(tmp_path: Path, caplog: pytest.LogCaptur
     assert index.missing() in caplog.text
 
 
-def test_the_page_and_the_summary(tmp_path: Path) -> None:
+def test_the_page_and_the_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = walls(tmp_path)
     broken = source.scenes["wall1"].views[2].depth
     assert broken is not None
     Path(broken.path).write_bytes(b"torn")
     config = run_of(tmp_path)
     index = open_pairs(config, {"walls": source})["walls"]  # type: ignore[dict-item]
+    assert f"1 views are left out, e.g. wall1#view2: {broken.path}: not a readable array" in caplog.text
     text = "\n".join(pairs_report.summary(index))
     assert "train         10 pairs of 1 of 2 scenes" in text
     assert "left out 1 views, e.g. wall1#view2" in text
