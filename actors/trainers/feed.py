@@ -9,6 +9,7 @@ from configs.schema import RunConfig
 from models.spec import TensorSpec
 from services.contracts import Split
 from services.data.manifest import Manifest
+from services.data.pairs import open_pairs
 from services.features.client import FeatureClient
 from services.features.store import FeatureStore
 from services.streams.collate import Collate
@@ -17,6 +18,7 @@ from services.streams.inputs import Inputs, kind_inputs, recipe_roles, used_enco
 from services.streams.ledger import Ledger, read_quarantine
 from services.streams.loader import Loader, Steps
 from services.streams.plan import EpochPlan
+from services.streams.sampling import needs_pairs
 from services.streams.targets import Targets
 
 
@@ -51,6 +53,8 @@ class Feed:
         live run rereads is not evicted by another. Close it.
         """
         quarantine = read_quarantine(config.data.quarantine)
+        if needs_pairs(config):
+            open_pairs(config, manifests)  # of all processes that start, one makes what is not stored; plans read it
         role = role or recipe_roles(config)[0]
         inputs = {kind: made for kind, made in kind_inputs(config, role).items() if kind in wanted_kinds(config)}
         for name in used_encoders(config, role):

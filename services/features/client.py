@@ -22,7 +22,6 @@ from models.spec import TensorSpec
 from services.contracts import CacheStats, FeatureRequest, Lookups
 from services.errors import CacheError, DeadlineError, ServiceError
 from services.features.encode import Answer, Encoder, as_stored, record_bytes
-from services.features.keys import key_array
 from services.features.rule import MeasuredRule
 from services.features.sink import StoreSink
 from services.runtime import supervise
@@ -268,7 +267,7 @@ class FeatureClient:
     def _read(self, name: str, flights: list[_Flight]) -> list[_Flight]:
         """Answer from the store what it has; returns the rest."""
         started = time.perf_counter()
-        records = self.sink.namespace(name).get_many([flight.request.key for flight in flights])
+        records = self.sink.get_many(name, [flight.request for flight in flights])
         missing = []
         for flight, record in zip(flights, records, strict=True):
             if record is None:
@@ -279,7 +278,7 @@ class FeatureClient:
         rule = self._rules.get(name)
         if rule is not None and not missing:
             # Touch every page: a mapped record that nobody read costs nothing.
-            for record in records:
+            for record in filter(None, records):
                 for tensor in record.values():
                     tensor.data.sum(dtype="int64" if tensor.data.dtype.kind in "iu" else None)
             self._judge(name, rule.read(time.perf_counter() - started, len(flights)))
@@ -292,6 +291,8 @@ class FeatureClient:
         if left:
             for i, answer in zip(left, self._encode_here(name, [requests[i] for i in left], step, keep), strict=True):
                 answers[i] = answer
+        if keep:
+            self.sink.remember(requests, answers)
         with self._changed:
             self._encoded += sum(isinstance(answer, dict) for answer in answers)
         rule = self._rules.get(name)
@@ -383,8 +384,8 @@ class FeatureClient:
             nbytes = self._bytes_of[first]
             fitting = max(1, (self.config.cache.lookahead_bytes - self._ahead_bytes) // nbytes)
             batch = batch[:fitting]
-            keys = key_array([request.key for _, _, request in batch])
-            cached = self.sink.namespace(first).contains(keys) if self._keeps(first) else [False] * len(batch)
+            wanted = [request for _, _, request in batch]
+            cached = self.sink.contains(first, wanted) if self._keeps(first) else [False] * len(batch)
             flights = []
             for (step, _, request), there in zip(batch, cached, strict=True):
                 del self._queued[_name(request)]

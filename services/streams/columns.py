@@ -61,10 +61,9 @@ class Texts:
             return {
                 name: TensorSpec(shape=tensor.data.shape, dtype=tensor.dtype) for name, tensor in self.prompt.items()
             }
-        return {
-            "input_ids": TensorSpec(shape=(None,), dtype="int64"),
-            "supervised": TensorSpec(shape=(None,), dtype="bool"),
-        }
+        from services.streams.text import SPECS
+
+        return dict(SPECS)
 
     def _conversation(self, sample: PlanSample) -> Record:
         item = self._manifests[sample.source].scene(sample.item)

@@ -256,10 +256,10 @@ def _cameras(ask: Ask) -> Record:
 def camera(ask: Ask, view: View) -> tuple[Intrinsics, np.ndarray]:
     """Intrinsics of the stored picture and the pose (4, 4) of a view; DataError where one of them is missing."""
     if view.K is None or view.pose is None:
-        lacks = "intrinsics" if view.K is None else "pose"
+        lacks = "are no intrinsics" if view.K is None else "is no pose"
         raise DataError(
             f"{describe(view.image)}: sample {ask.sample.id!r} of kind {ask.sample.kind!r} needs the camera of each "
-            f"view and there are no {lacks}; leave this source out of the kind, or give it cameras"
+            f"view and there {lacks}; leave this source out of the kind, or give it cameras"
         )
     return view.K, np.asarray(view.pose, np.float64)
 
