@@ -7,6 +7,7 @@ the stored image. Everything that cannot be read is a :class:`DataError` that na
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tarfile
 import zlib
@@ -27,6 +28,8 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".m
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
 # Modes whose numbers do not fit a byte: converting them would clip silently.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# A cell with one picture, or one picture of a cell with a list of them.
+_PARQUET_MEMBER = re.compile(r"(?P<column>.+?)(?:\[(?P<place>\d+)\])?:(?P<row>\d+)")
 
 
 def describe(ref: ImageRef) -> str:
@@ -188,14 +191,16 @@ def _tar_member(path: Path, member: str) -> bytes:
 
 
 def _parquet_member(path: Path, member: str) -> bytes:
-    column, _, row_text = member.rpartition(":")
-    if not column or not row_text.isdigit():
-        raise DataError(f"{path}: the member {member!r} is not of the form 'column:row'")
-    row = int(row_text)
+    named = _PARQUET_MEMBER.fullmatch(member)
+    if named is None:
+        raise DataError(f"{path}: the member {member!r} is not of the form 'column:row' or 'column[place]:row'")
+    column, place, row = named["column"], named["place"], int(named["row"])
     stamp = file_version(path)
     for group, (start, stop) in enumerate(_parquet_groups(path, stamp)):
         if start <= row < stop:
             value = _parquet_column(path, stamp, group, column)[row - start].as_py()
+            if place is not None and isinstance(value, list):
+                value = value[int(place)] if int(place) < len(value) else None
             data = value.get("bytes") if isinstance(value, dict) else value
             if not isinstance(data, bytes):
                 raise DataError(f"{path}: row {row} of the column {column!r} holds no image bytes")

@@ -19,6 +19,7 @@ __all__ = ["FORMATS", "Notes", "Reader", "open_reader", "reader_class"]
 #: Format name -> "module:class" below this package.
 FORMATS: dict[str, str] = {
     "arkitscenes": "arkitscenes:ARKitScenesReader",
+    "benchmark": "benchmarks.reader:BenchmarkReader",
     "colmap": "colmap:ColmapReader",
     "corpus": "corpus:CorpusReader",
     "images": "images:ImagesReader",

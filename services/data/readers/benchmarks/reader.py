@@ -1,0 +1,89 @@
+"""Benchmarks as a source of format ``benchmark``: one item a question, with its pictures and its exact answer.
+
+Options:
+
+- ``name``: vsibench | blink | sparbench | 3dsrbench | seedbench | realworldqa; the scorer has the same name
+  (``models.metrics.benchmarks.scorer``).
+- ``images``: folder of pictures that files name (seedbench, a 3dsrbench CSV); default: the benchmark's own.
+- ``videos``: folder of videos (vsibench, seedbench); default: the root.
+- ``frames``: pictures that stand for a video, evenly spaced from its first to its last frame.
+- ``part``: of seedbench, image | video | all.
+
+An item's user turn is the prompt that the benchmark publishes, its assistant turn the true answer. Everything is of
+the split ``test``, unless ``splits`` says otherwise: a benchmark is nothing to train on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import import_module
+from typing import Any, ClassVar
+
+from services.contracts import Item, Split
+from services.data.readers.base import Notes, Reader
+from services.data.readers.benchmarks.files import Questions, Settings
+from services.errors import ConfigError, DataError
+
+#: Name -> "module:class" below this package.
+BENCHMARKS: dict[str, str] = {
+    "3dsrbench": "three_dsr:ThreeDsrBench",
+    "blink": "blink:Blink",
+    "realworldqa": "realworldqa:RealWorldQA",
+    "seedbench": "seedbench:SeedBench",
+    "sparbench": "sparbench:SparBench",
+    "vsibench": "vsibench:VsiBench",
+}
+
+
+class BenchmarkReader(Reader):
+    """Questions of a benchmark."""
+
+    version: ClassVar[int] = 1
+    options: ClassVar[Mapping[str, Any]] = {"name": "", "images": "", "videos": "", "frames": 32, "part": "image"}
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The benchmark's files. ConfigError when ``options.name`` is none of them."""
+        name = self.option("name")
+        if name not in BENCHMARKS:
+            near = difflib.get_close_matches(str(name), BENCHMARKS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"options.name={name!r} is not one of {', '.join(BENCHMARKS)}{hint}")
+        frames = self.option("frames")
+        if not isinstance(frames, int) or frames < 1:
+            raise ConfigError(f"options.frames={frames!r} must be a whole number of at least 1")
+        module, _, attribute = BENCHMARKS[name].partition(":")
+        benchmark: type[Questions] = getattr(import_module(f"{__package__}.{module}"), attribute)
+        settings = Settings(
+            root=self.root,
+            images=self.option("images"),
+            videos=self.option("videos"),
+            frames=frames,
+            part=self.option("part"),
+            cache=self.cache,
+        )
+        return benchmark(settings, self.shared)
+
+    def layout(self) -> str:
+        """One line on the layout."""
+        return f"{self.option('name')}: expected {self.questions.layout}"
+
+    def all_ids(self) -> list[str]:
+        """Ids of the questions in the order of the files."""
+        return list(self.questions.ids)
+
+    def prepare(self) -> None:
+        """List the questions: that reads the files they all lie in."""
+        self.all_ids()
+
+    def split_of(self, scene_id: str) -> Split | None:
+        """``test``, unless ``splits`` lists the question elsewhere."""
+        return super().split_of(scene_id) if self.source.splits else Split.TEST
+
+    def read_one(self, scene_id: str, notes: Notes) -> Item:
+        """One question. DataError when a picture or the answer is missing."""
+        if scene_id not in self.questions.ids:
+            raise DataError(f"{self.root}: {self.option('name')} has no question {scene_id!r}")
+        return self.questions.read(scene_id, notes)

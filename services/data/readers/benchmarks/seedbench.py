@@ -1,0 +1,122 @@
+"""SEED-Bench: ``SEED-Bench.json`` with ``questions`` and the names of their types; pictures by ``data_id``.
+
+Questions about pictures are read by default. Those about videos need the videos of three data sets in one folder
+(``options.videos``); a ``segment`` [first, last second] of a question chooses its part of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from models.metrics.seedbench import IMAGE_DIMENSIONS, VIDEO_DIMENSIONS
+from services.contracts import ImageRef, Item
+from services.data.readers.base import Notes
+from services.data.readers.benchmarks.files import (
+    LETTER_PROMPT,
+    Questions,
+    Row,
+    lettered,
+    make_item,
+    text_of,
+    video_frames,
+)
+from services.data.readers.corpus_files import unique_ids
+from services.errors import ConfigError, DataError
+
+FILE = "SEED-Bench.json"
+IMAGES = "SEED-Bench-image"
+PARTS = ("image", "video", "all")
+_CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+
+
+class SeedBench(Questions):
+    """Questions with four choices."""
+
+    layout: ClassVar[str] = f"{FILE}, with {IMAGES}/ of pictures"
+
+    @cached_property
+    def _path(self) -> Path:
+        return self.settings.root if self.settings.root.is_file() else self.settings.root / FILE
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        content = self.shared.json(self._path)
+        if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+            raise DataError(f"{self._path}: must be an object with a list 'questions'")
+        return content
+
+    @cached_property
+    def _questions(self) -> list[Row]:
+        part = self.settings.part
+        if part not in PARTS:
+            raise ConfigError(f"options.part={part!r} is not one of {', '.join(PARTS)}")
+        return [q for q in self._content["questions"] if part in ("all", q.get("data_type"))]
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """Id -> place among the questions of the chosen part."""
+        return unique_ids(question.get("question_id") for question in self._questions)
+
+    def read(self, question_id: str, notes: Notes) -> Item:  # noqa: ARG002 - one file, and pictures of their own
+        """The question with its picture, or frames of its video."""
+        record = self._questions[self.ids[question_id]]
+        where = f"{self._path}: question {question_id!r}"
+        text, answer = text_of(record, "question", where), text_of(record, "answer", where).upper()
+        options = lettered([record[name] for name in _CHOICES if record.get(name) is not None])
+        if answer not in {option[0] for option in options}:
+            raise DataError(f"{where}: the answer {answer!r} is no letter of its {len(options)} choices")
+        return make_item(
+            question_id,
+            self._pictures(record, where),
+            "\n".join([text, *options, LETTER_PROMPT]),
+            kind=self._dimension(record, where),
+            text=text,
+            answer=answer,
+            options=options,
+        )
+
+    def _dimension(self, record: Row, where: str) -> str:
+        """Name of the type: by its number, from 1, in the benchmark's order."""
+        names = IMAGE_DIMENSIONS + VIDEO_DIMENSIONS
+        number = record.get("question_type_id")
+        if not isinstance(number, int) or not 1 <= number <= len(names):
+            raise DataError(f"{where}: question_type_id={number!r} is not a number from 1 to {len(names)}")
+        return names[number - 1]
+
+    def _pictures(self, record: Row, where: str) -> tuple[ImageRef, ...]:
+        base = self._path.parent
+        names = record.get("data_id")
+        names = [str(name) for name in names] if isinstance(names, list) else [text_of(record, "data_id", where)]
+        if record.get("data_type") == "video":
+            video = self.settings.folder(self.settings.videos, base / "videos") / names[0]
+            return _segment(video, record.get("segment"), self.settings.frames, where)
+        folder = self.settings.folder(self.settings.images, base / IMAGES)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise DataError(
+                f"{folder / missing[0]}: there is no such file ({where}); options.images names the folder of the images"
+            )
+        return tuple(ImageRef(path=str(folder / name)) for name in names)
+
+
+def _segment(path: Path, segment: Any, frames: int, where: str) -> tuple[ImageRef, ...]:
+    """Evenly spaced frames of a video, or of its part from one second to another."""
+    everything = video_frames(path, frames, where)
+    if not segment:
+        return everything
+    if not isinstance(segment, list) or len(segment) != 2:
+        raise DataError(f"{where}: 'segment' must be [first second, last second], got {segment!r:.60}")
+    from services.data.videos import frame_times
+
+    times = np.asarray(frame_times(path), dtype=np.float64)
+    start, end = (float(second) for second in segment)
+    inside = np.flatnonzero((times - times[0] >= start) & (times - times[0] <= end))
+    if not len(inside):
+        raise DataError(f"{where}: no frame of {path} lies within {start:g} to {end:g} s; it has {times[-1]:.1f} s")
+    chosen = inside[np.linspace(0, len(inside) - 1, min(frames, len(inside))).astype(int)]
+    return tuple(ImageRef(path=str(path), frame=int(frame)) for frame in chosen)
