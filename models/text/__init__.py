@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.text.template import Chat, Encoded
+from models.text.template import Chat, Encoded, missing_answer
 from models.text.tokenizer import BYTES, SPECIAL_TOKENS, check_fits, load_tokenizer, token_id
 
-__all__ = ["BYTES", "SPECIAL_TOKENS", "Chat", "Encoded", "check_fits", "load_tokenizer", "token_id"]
+__all__ = ["BYTES", "SPECIAL_TOKENS", "Chat", "Encoded", "check_fits", "load_tokenizer", "missing_answer", "token_id"]

@@ -109,11 +109,9 @@ class Chat:
             ModelError: No answer with text; more marks than images; a role that the template does not know.
         """
         turns = self._checked(turns)
-        if not any(role == "assistant" for role, _ in turns):
-            raise ModelError(f"the conversation has no answer: its turns are {[role for role, _ in turns]}")
-        empty = [place for place, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
-        if empty:
-            raise ModelError(f"the answer in turn {empty[0]} of the conversation is empty")
+        missing = missing_answer(turns)
+        if missing:
+            raise ModelError(missing)
         return self._encode(turns, images, generate=False)
 
     def question(self, turns: Turns, images: int = 0) -> Encoded:
@@ -250,6 +248,14 @@ class Chat:
                 f"the tokenizer's chat template refuses turns of {[role for role, _ in turns]}: {error}"
             ) from error
         return str(text)
+
+
+def missing_answer(turns: Turns) -> str:
+    """Why a conversation cannot be trained on: it has no answer, or an empty one; "" where it can."""
+    if not any(role == "assistant" for role, _ in turns):
+        return f"the conversation has no answer: its turns are {[role for role, _ in turns]}"
+    empty = [place for place, (role, text) in enumerate(turns) if role == "assistant" and not text.strip()]
+    return f"the answer in turn {empty[0]} of the conversation is empty" if empty else ""
 
 
 def _add_part(encoded: Encoded, part: Sequence[int], end: int) -> None:

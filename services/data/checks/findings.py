@@ -23,6 +23,7 @@ class Fault(StrEnum):
     DUPLICATE = "identical frames"
     NEAR_DUPLICATE = "nearly identical frames"
     NO_OVERLAP = "no overlap with any other view"
+    NO_ANSWER = "conversation without an answer"
     EVALUATION = "also in an evaluation set"
 
 

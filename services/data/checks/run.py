@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from configs.schema import ChecksConfig, RunConfig
+from models.text import missing_answer
 from services.contracts import Item, Scene
 from services.data.checks.files import check_view, thumbnail
 from services.data.checks.findings import Fault, Finding, write_quarantine
@@ -111,7 +113,8 @@ def check_source(
     overlaps: dict[str, float] = {}
     # Scenes run in parallel; were torch to split its small operations too, threads would wait for each other.
     with ThreadPoolExecutor(config.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = pool.map(lambda scene_id: _check(manifest.scene(scene_id), digests[scene_id], config), ids)
+        readable: set[str] = set()
+        results = pool.map(lambda name: _check(manifest.scene(name), digests[name], config, readable), ids)
         for done, result in enumerate(results, start=1):
             findings += result.findings
             pictures += result.pictures
@@ -134,8 +137,8 @@ def check_source(
     )
 
 
-def _check(scene: Scene | Item, digests: Sequence[str], config: ChecksConfig) -> _Checked:
-    return _check_item(scene, digests) if isinstance(scene, Item) else _check_scene(scene, digests, config)
+def _check(scene: Scene | Item, digests: Sequence[str], config: ChecksConfig, readable: set[str]) -> _Checked:
+    return _check_item(scene, digests, readable) if isinstance(scene, Item) else _check_scene(scene, digests, config)
 
 
 def _check_scene(scene: Scene, digests: Sequence[str], config: ChecksConfig) -> _Checked:
@@ -154,16 +157,35 @@ def _check_scene(scene: Scene, digests: Sequence[str], config: ChecksConfig) -> 
     )
 
 
-def _check_item(item: Item, digests: Sequence[str]) -> _Checked:
-    """An item's pictures can be read. They are not compared by look: corpora hold many alike on purpose."""
-    findings, pictures = [], []
+def _check_item(item: Item, digests: Sequence[str], readable: set[str]) -> _Checked:
+    """An item's pictures can be read, and its conversation answers.
+
+    Pictures are not compared by look: corpora hold many alike on purpose. ``readable`` holds the digests of those that
+    were read: many questions show the same.
+    """
+    findings = []
     for image, digest in zip(item.images, digests, strict=True):
-        pictures.append(Picture(scene=item.id, view=None, image=image, digest=digest, thumbnail=None))
+        if digest in readable:
+            continue
         try:
             thumbnail(load_image(image))
+            readable.add(digest)
         except DataError as error:
             fault = Fault.UNREADABLE if Path(image.path).exists() else Fault.MISSING
             findings.append(Finding(fault=fault, scene=item.id, reason=str(error), pictures=(image,)))
+    if not item.turns:
+        shown = list(zip(item.images, digests, strict=True))
+    else:
+        turns = [(turn.role, turn.text) for turn in item.turns]
+        missing = missing_answer(turns)
+        if missing:
+            findings.append(Finding(fault=Fault.NO_ANSWER, scene=item.id, reason=missing, pictures=item.images[:1]))
+        # Conversations may speak of the same picture; the same conversation about it is a repetition.
+        whole = hashlib.sha256(json.dumps([turns, *digests]).encode()).hexdigest()
+        shown = [(image, whole) for image in item.images[:1]]
+    pictures = [
+        Picture(scene=item.id, view=None, image=image, digest=digest, thumbnail=None) for image, digest in shown
+    ]
     return _Checked(findings=tuple(findings), pictures=tuple(pictures), overlaps={})
 
 

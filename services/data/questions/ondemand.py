@@ -37,6 +37,9 @@ def ensure_annotations(
     """
     from services.data.sources import exclusive
 
+    # A limit that no scene reaches makes no difference, so it shall make no other folder.
+    most = max((entry.n_views for entry in manifest.entries), default=1)
+    config = dataclasses.replace(config, max_views=min(config.max_views, most))
     folder = annotations_folder(manifest, config, storage)
     with exclusive(folder.with_suffix(".lock")):
         if folder.is_dir():

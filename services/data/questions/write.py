@@ -243,6 +243,8 @@ def run_questions(config: RunConfig, out: Path, progress: Callable[[str], None] 
 
     lines: list[str] = []
     for name, manifest in open_sources(config).items():
+        if config.data.sources[name].format == "questions":
+            continue
         scenes = (manifest.scene(entry.id) for entry in manifest.entries if entry.kind == "scene")
         annotations = annotate((s for s in scenes if isinstance(s, Scene)), config.data.questions, progress)
         if not annotations.scenes:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from configs.schema import ChecksConfig
-from services.contracts import ImageRef, Item, Scene
+from services.contracts import ImageRef, Item, Scene, Turn
 from services.data.checks import CheckReport, EvaluationSet, Fault, check_source
 from services.data.checks.findings import Finding, write_quarantine
 from services.data.checks.geometry import best_overlap, small_depth, wrong_scales
@@ -347,6 +347,23 @@ def test_items_are_read_too(scene: Scene, tmp_path: Path) -> None:
     gone = Item(id="gone", images=(ImageRef(path=str(tmp_path / "none.jpg")),))
     report = check(*items, gone)
     assert [(f.fault, f.scene) for f in report.findings] == [(Fault.MISSING, "gone"), (Fault.UNREADABLE, "i0")]
+
+
+def test_conversations_answer_and_are_not_repeated(scene: Scene) -> None:
+    asking, answer = Turn(role="user", text="<image>How many?"), Turn(role="assistant", text="Two")
+    picture = (scene.views[0].image,)
+    report = check(
+        Item(id="a", images=picture, turns=(asking, answer)),
+        Item(id="b", images=picture, turns=(asking, dataclasses.replace(answer, text="Three"))),
+        Item(id="c", images=picture, turns=(asking, answer)),
+        Item(id="d", images=picture, turns=(asking,)),
+        Item(id="e", turns=(asking, dataclasses.replace(answer, text=" "))),
+    )
+    assert [(f.fault, f.scene) for f in report.findings] == [
+        (Fault.DUPLICATE, "c"), (Fault.NO_ANSWER, "d"), (Fault.NO_ANSWER, "e"),
+    ]  # fmt: skip
+    assert "has no answer: its turns are ['user']" in report.findings[1].reason
+    assert all(finding.quarantined for finding in report.findings)
 
 
 def test_what_the_reader_left_out_is_reported(scene: Scene) -> None:

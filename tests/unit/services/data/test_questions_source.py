@@ -14,6 +14,7 @@ from PIL import Image
 import configs
 from configs.schema import DataConfig, QuestionsConfig, RoomsConfig, RunConfig, SourceConfig, StorageConfig
 from services.contracts import Item, Question, Scene, Split
+from services.data.checks import run_check
 from services.data.images import load_ids
 from services.data.manifest import Manifest
 from services.data.questions.facts import Facts, Thing
@@ -145,6 +146,17 @@ def test_fewer_pictures(config: RunConfig) -> None:
     assert {item.question.views for item in items(few) if item.question} <= {(0, 5), (0,), (5,)}
 
 
+def test_a_limit_that_no_scene_reaches_changes_nothing(config: RunConfig, manifests: dict[str, Manifest]) -> None:
+    same = open_sources(with_sources(config, rooms=SourceConfig(), questions=asked(max_views=6)))["questions"]
+    assert same.root == manifests["questions"].root
+
+
+def test_they_pass_the_check(config: RunConfig, tmp_path: Path) -> None:
+    """Questions share pictures: that is no repetition."""
+    reports = {report.source: report.lines()[-1] for report in run_check(config, tmp_path)}
+    assert reports == dict.fromkeys(config.data.sources, "  no faults")
+
+
 def test_every_conversation_becomes_tokens(config: RunConfig, manifests: dict[str, Manifest]) -> None:
     columns = TextColumns(config, 4)
     for item in [*items(manifests["questions"]), *items(manifests["captions"])]:
@@ -173,7 +185,7 @@ def test_what_cannot_be_asked_about_is_refused(config: RunConfig, tmp_path: Path
 
 def test_the_config_names_the_source(tmp_path: Path) -> None:
     loaded = configs.load(["data=rooms-qa", f"storage.root={tmp_path}"])
-    assert loaded.data.sources["questions"].options == {"of": "rooms"}
+    assert loaded.data.sources["questions"].options == {"of": "rooms", "max_views": 8}
     with pytest.raises(ConfigError, match=r"questions\.options\.of='roms' names no source.*Did you mean.*rooms"):
         configs.load(["data=rooms-qa", "data.sources.questions.options.of=roms"])
     with pytest.raises(ConfigError, match=r"q\.options\.of is empty: Name the source"):
