@@ -74,7 +74,7 @@ class Checkpoints:
         backend = loop.backend
         files = {"weights.safetensors": backend.weights(), "optimizer.safetensors": backend.optimizer_state()}
         if loop.average is not None:
-            files["ema.safetensors"] = whole(loop.average.weights)
+            files["ema.safetensors"] = whole(loop.average.weights, keep=backend.rank == 0)
         state = {"loop": loop.state.as_dict(), "random": backend.exchange(loop.random.state())}
         name = f"step-{loop.state.step:08d}"
         if backend.rank == 0:

@@ -25,9 +25,17 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if name in names or not isinstance(t, nn.Parameter)}
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on CPU of whole tensors. Collective where there are DTensors: every rank names the same ones."""
-    return {name: local(tensor, full=True).detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Copies on CPU of whole tensors. Collective where there are DTensors: every rank names the same ones.
+
+    With ``keep`` false a rank takes part and keeps nothing, so that ranks of one machine do not each hold a copy.
+    """
+    state = {}
+    for name, tensor in tensors.items():
+        found = local(tensor, full=True)
+        if keep:
+            state[name] = found.detach().cpu().contiguous().clone()
+    return state
 
 
 def local(tensor: Tensor, *, full: bool = False) -> Tensor:

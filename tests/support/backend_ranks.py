@@ -142,6 +142,7 @@ def run_case(settings: BackendConfig, kinds: str, window: int) -> dict[str, Any]
         saved, state = backend.weights(), backend.optimizer_state()
         weights.append({n: v for n, v in saved.items() if n != "scale"})
         moments.append({n: state[f"{n}/exp_avg"] for n in weights[-1]})
+        assert bool(saved) == bool(state) == (backend.rank == 0)
     return {"norms": norms, "weights": weights, "moments": moments, "sums": sums}
 
 

@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Every rank's message (small, picklable), in rank order."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained parameters and persistent buffers: whole, on CPU, by the module's own names. Complete on rank 0."""
+        """Trained parameters and persistent buffers: whole, on CPU, by the module's own names; empty but on rank 0."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimiser's state as ``<parameter>/<field>``, as :meth:`weights` gives weights."""

@@ -64,20 +64,19 @@ class SingleBackend:
         return [message]
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained parameters and buffers, whole, on CPU."""
-        return whole(saved_tensors(self._module))
+        """Trained parameters and buffers, whole, on CPU of rank 0."""
+        return whole(saved_tensors(self._module), keep=self.rank == 0)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimiser's moments as ``<parameter>/<field>``."""
+        """The optimiser's moments as ``<parameter>/<field>``, whole, on CPU of rank 0."""
         state = self._optimizer.state
-        return whole(
-            {
-                f"{name}/{field}": value
-                for name, parameter in self._parameters.items()
-                for field, value in state.get(parameter, {}).items()
-                if isinstance(value, Tensor)
-            }
-        )
+        named = {
+            f"{name}/{field}": value
+            for name, parameter in self._parameters.items()
+            for field, value in state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        return whole(named, keep=self.rank == 0)
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`weights` gave."""

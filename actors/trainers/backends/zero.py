@@ -137,31 +137,33 @@ class ZeroBackend(DdpBackend):
     # -- what a checkpoint holds -----------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained parameters and buffers, whole, on CPU."""
-        with self._gathered():
-            return whole(saved_tensors(self._module))
+        """Trained parameters and buffers, whole, on CPU of rank 0."""
+        state: dict[str, Tensor] = {}
+        for name, tensor in saved_tensors(self._module).items():
+            with self._gathered(tensor):
+                state |= whole({name: tensor}, keep=self.rank == 0)
+        return state
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`weights` gave, into the optimiser's own copy too."""
-        with self._gathered(write=True):
-            for name, target in saved_tensors(self._module).items():
+        for name, target in saved_tensors(self._module).items():
+            with self._gathered(target, write=True):
                 assign(target, tensors[name])
         self._zero.refresh_fp32_params()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimiser's moments as ``<parameter>/<field>``, whole."""
+        """The optimiser's moments as ``<parameter>/<field>``, whole, on CPU of rank 0."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         fields = self._fields()
-        if not fields:
-            return {}
-        self._link_moments()
+        if fields:
+            self._link_moments()
         state: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             for field, value in fields.items():
-                whole_value = value if value.ndim == 0 else safe_get_full_optimizer_state(parameter, field)
-                state[f"{name}/{field}"] = whole_value
-        return whole(state)
+                moment = value if value.ndim == 0 else safe_get_full_optimizer_state(parameter, field)
+                state |= whole({f"{name}/{field}": moment}, keep=self.rank == 0)
+        return state
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`optimizer_state` gave."""
@@ -214,15 +216,17 @@ class ZeroBackend(DdpBackend):
         return {}
 
     @contextmanager
-    def _gathered(self, *, write: bool = False) -> Iterator[None]:
-        """Within the block, parameters are whole on every rank; with ``write``, what is written stays."""
-        if self.stage == 2:
-            with torch.no_grad():
-                yield
+    def _gathered(self, tensor: Tensor, *, write: bool = False) -> Iterator[None]:
+        """Within the block, a parameter is whole on every rank; with ``write``, what is written stays.
+
+        One by one, so that a rank never holds all of stage 3's weights.
+        """
+        if not hasattr(tensor, "ds_id"):  # stage 2, and buffers
+            yield
             return
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters(list(self._parameters.values()), modifier_rank=0 if write else None), torch.no_grad():
+        with GatheredParameters([tensor], modifier_rank=0 if write else None):
             yield
 
 

@@ -35,7 +35,7 @@ def run_cases(names: Sequence[str], cases: Sequence[tuple[str, int]]) -> dict[st
 
 
 def check(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[tuple[str, int]]) -> None:
-    """Each rank has the oracle's numbers, and exactly those of rank 0."""
+    """Rank 0 has the oracle's numbers, every rank the same norms."""
     for kinds, window in cases:
         expected = oracle(kinds)
         assert all(norm > 3 for norm in expected["norms"])  # so the limit of 0.3 matters
