@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 IMAGE_MARK = "<image>"
 """What a corpus in LLaVA's form writes in a user's turn where an image stands."""
 ROLES = ("system", "user", "assistant")
+_CONTROL_NAME = re.compile(r"<\|[^|<>\s]+\|>")
+"""What everybody's control tokens look like; others are found missing where an answer has no end."""
 _MARK = re.compile("\ue000(\\d+)\ue001")
 
 Turns = Sequence[tuple[str, str]]
@@ -221,6 +223,12 @@ class Chat:
                 f"the tokenizer's chat template does not write turns of {list(roles)} once each and in order "
                 f"(it writes {order}); give it turns that it knows, or choose another tokenizer"
             )
+        for name in _CONTROL_NAME.findall("".join(parts)):
+            if self._frames.token_to_id(name) is None:
+                raise ModelError(
+                    f"the tokenizer's chat template writes {name!r}, which the tokenizer has no token for; they do not "
+                    "belong together (data.text.tokenizer)"
+                )
         ids = tuple(tuple(self._frames.encode(part, add_special_tokens=False).ids) for part in parts)
         ends = [0]
         for place, role in enumerate(roles):

@@ -99,7 +99,7 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """Id of a token. ModelError when the tokenizer has no such token."""
-    found = tokenizer.get_vocab().get(token)
+    found = tokenizer.backend_tokenizer.token_to_id(token)
     if found is None:
         raise ModelError(
             f"the tokenizer has no token {token!r} ({len(tokenizer)} tokens); load it with load_tokenizer, which adds "

@@ -139,6 +139,9 @@ def test_templates_that_cannot_be_used_are_refused(byte: PreTrainedTokenizerFast
     endless = with_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
     with pytest.raises(ModelError, match="ends an assistant's turn with no special token"):
         Chat(endless, tokens_per_image=1)
+    foreign = with_template(byte.chat_template.replace("<|im_start|>", "<|begin|>"))
+    with pytest.raises(ModelError, match=r"writes '<\|begin\|>', which the tokenizer has no token for"):
+        Chat(foreign, tokens_per_image=1)
     forgetful = with_template("{{ messages[0]['content'] + eos_token }}")
     with pytest.raises(ModelError, match="does not write turns of"):
         Chat(forgetful, tokens_per_image=1)
