@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from actors.trainers import refusal
+from configs.roles import role_config
 from configs.schema import RoleConfig, RunConfig
 from services.errors import USER_ERRORS, ServiceError
 
@@ -99,7 +100,7 @@ def _run_role(config: RunConfig, folder: Path, pool: PoolAddress | None) -> dict
     import torch
     from ray import train
 
-    from actors.trainers.backends.ddp import DdpBackend
+    from actors.trainers.backends import make_backend
     from actors.trainers.roles import Feed, train_role
     from services.data.sources import open_sources
     from services.features.client import FeatureClient
@@ -107,7 +108,7 @@ def _run_role(config: RunConfig, folder: Path, pool: PoolAddress | None) -> dict
     from services.features.sink import open_store
     from services.telemetry import logs
 
-    backend = DdpBackend(train.torch.get_device())
+    backend = make_backend(role_config(config, ROLE).backend, train.torch.get_device())
     logs.record(folder / "events", f"{ROLE}-{backend.rank}")
     if not config.trainer.threads:
         # Ray sets OMP_NUM_THREADS to 1 for a worker that asks for no CPU; "torch's default" means the machine's.
