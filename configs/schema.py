@@ -36,7 +36,7 @@ class RoomsConfig:
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     # Reader: rooms | scannet | scannetpp | arkitscenes | re10k | nerfstudio | colmap | sevenscenes | images | corpus |
-    # questions (about the scenes of the source options.of; made on demand).
+    # questions (about the scenes of the source options.of; made on demand) | benchmark (options.name says which).
     format: str = "rooms"
     # Folder or file of the source; "" for rooms means a folder under storage.root made on demand.
     root: str = ""

@@ -20,7 +20,7 @@ from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, 
 SPLITS = ("train", "val", "test")
 FORMATS = (
     "rooms", "scannet", "scannetpp", "arkitscenes", "re10k", "nerfstudio", "colmap", "sevenscenes", "images", "corpus",
-    "questions",
+    "questions", "benchmark",
 )  # fmt: skip
 RECIPES = (
     "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
@@ -297,7 +297,7 @@ def _data(config: RunConfig) -> Iterator[str]:
 def _questions(name: str, sources: Mapping[str, SourceConfig]) -> Iterator[str]:
     """Rules for a source whose questions are made from the scenes of another."""
     key, of = f"data.sources.{name}.options.of", sources[name].options.get("of", "")
-    scenes = [other for other, source in sources.items() if source.format not in ("questions", "corpus")]
+    scenes = [other for other, source in sources.items() if source.format not in ("questions", "corpus", "benchmark")]
     if of not in scenes:
         named = f"={of!r} names no source of scenes.{nearest(str(of), scenes)}" if of else " is empty:"
         yield f"{key}{named} Name the source that the questions are about; there are: {', '.join(scenes) or 'none'}"
