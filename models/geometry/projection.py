@@ -118,7 +118,9 @@ def splat(uv: Tensor, z: Tensor, values: Tensor, height: int, width: int) -> Spl
     index = index.reshape(images, height * width)
     buffer = buffer[:-1].reshape(images, height * width)
     coverage = torch.isfinite(buffer)
-    padded = torch.cat([values.reshape(images, count, -1), values.new_zeros(images, 1, values.shape[-1])], dim=1)
+    padded = torch.cat(
+        [values.reshape(images, count, values.shape[-1]), values.new_zeros(images, 1, values.shape[-1])], dim=1
+    )
     chosen = torch.where(coverage, index, count)[..., None].expand(-1, -1, padded.shape[-1])
     shape = (*batch, height, width)
     return Splat(

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.geometry.poses import inverse
@@ -66,48 +67,58 @@ def render_points(
     uv, z = project(transform(points, inverse(pose)), K)
     if valid is not None:
         z = torch.where(valid, z, 0.0)
-    place, depth = _discs(uv, z, radius * width / REFERENCE_WIDTH)
-    copies = depth.shape[-1] // z.shape[-1]
-    buffer = splat(place, depth, colors.repeat(1, copies, 1), height, width)
-    color, filled, covered = _fill(buffer.values, buffer.depth, buffer.coverage, fill)
-    return Rendering(color=color, depth=filled, drawn=buffer.coverage, covered=covered)
+    place, depth, copies = _discs(uv, z, radius * width / REFERENCE_WIDTH)
+    # The depth goes with the colours, so that a filled pixel has both of the same point.
+    values = torch.cat([colors.to(points), z[..., None]], dim=-1).repeat(1, copies, 1)
+    buffer = splat(place, depth, values, height, width)
+    picture, covered = fill_holes(buffer.values, buffer.coverage, fill)
+    return Rendering(color=picture[..., :-1], depth=picture[..., -1], drawn=buffer.coverage, covered=covered)
 
 
-def _discs(uv: Tensor, z: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """(B, P, 2) and (B, P) -> pixel centres (B, n P, 2) that the discs cover, and depths (0: not covered)."""
-    centre = (uv + 0.5).floor()
-    reach = math.ceil(radius)
+def fill_holes(picture: Tensor, known: Tensor, distance: int) -> tuple[Tensor, Tensor]:
+    """Pixels that are not known take the nearest known one up to ``distance`` pixels away.
+
+    Args:
+        picture: (..., H, W, C).
+        known: (..., H, W) bool.
+        distance: whole pixels.
+
+    Returns:
+        The picture, and what is known now. Of equally near pixels the upper, then the left one wins.
+    """
+    height, width = known.shape[-2:]
+    padded = F.pad(picture, (0, 0, *[distance] * 4))
+    there = F.pad(known, [distance] * 4)
+    filled = known
+    for u, v in _offsets(distance)[1:]:
+        rows, columns = slice(distance + v, distance + v + height), slice(distance + u, distance + u + width)
+        takes = ~filled & there[..., rows, columns]
+        picture = torch.where(takes[..., None], padded[..., rows, columns, :], picture)
+        filled = filled | takes
+    return picture, filled
+
+
+def _offsets(radius: float) -> list[tuple[int, int]]:
+    """Whole offsets (u, v) at most ``radius`` away, the nearest first: (0, 0) is the first."""
+    reach = math.floor(radius)
     offsets = [(u, v) for v in range(-reach, reach + 1) for u in range(-reach, reach + 1)]
-    # The pixel that the point falls on comes first: of equal depths the lowest index wins.
-    offsets.sort(key=lambda o: (o[0] ** 2 + o[1] ** 2, o[1], o[0]))
+    near = [(u, v) for u, v in offsets if u * u + v * v <= radius * radius]
+    return sorted(near, key=lambda o: (o[0] ** 2 + o[1] ** 2, o[1], o[0]))
+
+
+def _discs(uv: Tensor, z: Tensor, radius: float) -> tuple[Tensor, Tensor, int]:
+    """(B, P, 2) and (B, P) -> pixel centres (B, n P, 2) that the discs cover, depths (0: not covered), and n."""
+    centre = (uv + 0.5).floor()
+    # A point lies up to half a pixel's diagonal beside the centre of its pixel. That pixel comes first: of equal
+    # depths the lowest index wins.
+    offsets = _offsets(radius + 0.5**0.5) if radius > 0 else [(0, 0)]
     places, depths = [centre], [z]
     for offset in offsets[1:]:
         place = centre + centre.new_tensor(offset)
         inside = (place - uv).square().sum(-1) <= radius * radius
         places.append(place)
         depths.append(torch.where(inside, z, 0.0))
-    return torch.cat(places, 1), torch.cat(depths, 1)
-
-
-def _fill(color: Tensor, depth: Tensor, drawn: Tensor, fill: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Holes take the nearest drawn pixel within ``fill``."""
-    height, width = depth.shape[1:]
-    reach = range(-fill, fill + 1)
-    offsets = [(v, u) for v in reach for u in reach if 0 < v * v + u * u <= fill * fill]
-    offsets.sort(key=lambda o: (o[0] ** 2 + o[1] ** 2, o))
-    color, depth, covered = color.clone(), depth.clone(), drawn.clone()
-    source_color, source_depth = color.clone(), depth.clone()
-    for v, u in offsets:
-        if abs(v) >= height or abs(u) >= width:
-            continue
-        rows, columns = slice(max(0, -v), height - max(0, v)), slice(max(0, -u), width - max(0, u))
-        from_rows, from_columns = slice(max(0, v), height + min(0, v)), slice(max(0, u), width + min(0, u))
-        here, there = (slice(None), rows, columns), (slice(None), from_rows, from_columns)
-        takes = ~covered[here] & drawn[there]
-        color[here] = torch.where(takes[..., None], source_color[there], color[here])
-        depth[here] = torch.where(takes, source_depth[there], depth[here])
-        covered[here] = covered[here] | takes
-    return color, depth, covered
+    return torch.cat(places, 1), torch.cat(depths, 1), len(offsets)
 
 
 def depth_in(points: Tensor, pose: Tensor) -> Tensor:

@@ -1,22 +1,18 @@
 """From imagined pointmaps to a coloured point cloud, and to the picture that a camera takes of it.
 
 Points are drawn as small discs into a z-buffer; small holes between them take their nearest neighbour, larger ones
-stay black and are reported, since a metric over pixels that nothing was drawn on says little.
+stay black and are reported, since a metric over pixels that nothing was drawn on says little (the drawing itself is
+``models.geometry.rendering``, which metrics use as well).
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.geometry.poses import inverse
-from models.geometry.projection import project, splat, transform
-
-REFERENCE_WIDTH = 224
-"""Radii are stated for pictures of this width and grow with it."""
+from models.geometry.rendering import render_points
 
 
 class PointCloud(NamedTuple):
@@ -66,42 +62,8 @@ def render(
         radius: of a drawn point in pixels, for a picture 224 wide.
         fill: holes up to this many pixels from a drawn one take the nearest.
     """
-    camera = transform(cloud.points.float(), inverse(pose.to(cloud.points).float()))
-    uv, z = project(camera, K.to(camera))
-    offsets = _disc(radius * width / REFERENCE_WIDTH)
-    shifts = camera.new_tensor(offsets)
-    values = torch.cat([cloud.colours.to(camera), z[:, None]], dim=-1)
-    # A disc is its points at every offset; the z-buffer decides between those of different discs.
-    drawn = splat(
-        (uv[None] + shifts[:, None]).flatten(0, 1),
-        z.repeat(len(offsets)),
-        values.repeat(len(offsets), 1),
-        height,
-        width,
+    points, colours = cloud.points.float(), cloud.colours.float()
+    drawn = render_points(
+        points[None], colours[None], K.to(points)[None], pose.to(points)[None], height, width, radius=radius, fill=fill
     )
-    picture, covered = fill_holes(drawn.values, drawn.coverage, fill)
-    return Rendered(image=picture[..., :3], depth=picture[..., 3], drawn=drawn.coverage, covered=covered)
-
-
-def fill_holes(picture: Tensor, known: Tensor, distance: int) -> tuple[Tensor, Tensor]:
-    """Pixels of (H, W, C) that are not ``known`` (H, W) take the nearest known one up to ``distance`` away.
-
-    Of equally near ones the first in reading order of the offsets wins. Returns the picture and what is known now.
-    """
-    height, width = known.shape
-    padded = torch.nn.functional.pad(picture, (0, 0, distance, distance, distance, distance))
-    there = torch.nn.functional.pad(known, (distance, distance, distance, distance))
-    out, filled = picture.clone(), known.clone()
-    for dx, dy in _disc(distance)[1:]:
-        rows, columns = slice(distance + dy, distance + dy + height), slice(distance + dx, distance + dx + width)
-        take = ~filled & there[rows, columns]
-        out = torch.where(take[..., None], padded[rows, columns], out)
-        filled = filled | take
-    return out, filled
-
-
-def _disc(radius: float) -> list[tuple[int, int]]:
-    """Whole offsets (x, y) within ``radius``, nearest first: the first is (0, 0)."""
-    reach = math.floor(radius)
-    offsets = [(x, y) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1)]
-    return sorted((o for o in offsets if o[0] ** 2 + o[1] ** 2 <= radius**2), key=lambda o: o[0] ** 2 + o[1] ** 2)
+    return Rendered(image=drawn.color[0], depth=drawn.depth[0], drawn=drawn.drawn[0], covered=drawn.covered[0])

@@ -103,3 +103,11 @@ def test_a_turned_camera_sees_what_stands_beside_it() -> None:
     assert drawn(result.drawn[0]) == {(4, 4)}
     assert float(result.depth[0, 4, 4]) == 2.0
     assert depth_in(points, pose).tolist() == [[2.0]]
+
+
+def test_a_cloud_without_points_is_an_empty_picture() -> None:
+    result = render_points(
+        torch.zeros(2, 0, 3), torch.zeros(2, 0, 3), camera().expand(2, 3, 3), EYE.expand(2, 4, 4), 4, 5
+    )
+    assert result.coverage().tolist() == [0.0, 0.0]
+    assert result.color.shape == (2, 4, 5, 3)

@@ -6,7 +6,8 @@ import torch
 
 from models.geometry.poses import make_pose
 from models.geometry.projection import unproject
-from models.uniugg.scenes import PointCloud, fill_holes, render, select_points
+from models.geometry.rendering import fill_holes
+from models.uniugg.scenes import PointCloud, render, select_points
 
 K = torch.tensor([[20.0, 0.0, 11.5], [0.0, 20.0, 7.5], [0.0, 0.0, 1.0]])
 EYE = torch.eye(4)
