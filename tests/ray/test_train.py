@@ -42,8 +42,9 @@ def test_one_worker_is_bit_identical_to_inline(folder: Path, inline: driver.RunR
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_two_workers_agree_with_inline(folder: Path, inline: driver.RunResult) -> None:
-    split = ray_run(folder, "name=two", "cluster.roles.trainer.workers=[2]")
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2"])
+def test_two_workers_agree_with_inline(folder: Path, inline: driver.RunResult, backend: str) -> None:
+    split = ray_run(folder, f"name=two-{backend}", "cluster.roles.trainer.workers=[2]", f"backend={backend}")
     ours, theirs = losses(split.folder), losses(inline.folder)
     assert ours.keys() == theirs.keys()
     for step, terms in theirs.items():
