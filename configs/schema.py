@@ -140,8 +140,8 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     # Family: dinov2 | dinov3 | radio | siglip2 | clip (images), siglip2_text | clip_text (texts),
-    # pooled | projection (records of another encoder), uniugg_vit (images), uniugg_vae | uniugg_reconstruction (records
-    # of uniugg_vit).
+    # pooled | projection (records of another encoder), uniugg_vit | mast3r (images), uniugg_vae |
+    # uniugg_reconstruction (records of uniugg_vit).
     family: str = "dinov2"
     # "random" (initialised from `seed`), a local folder, a hub name, or "run:NAME/PART" (a part that the
     # run of that name trained).

@@ -25,7 +25,7 @@ FORMATS = (
 RECIPES = (
     "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
 )  # fmt: skip
-IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit")
+IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r")
 TEXT_FAMILIES = ("siglip2_text", "clip_text")
 RECORD_FAMILIES = ("pooled", "projection", "uniugg_vae", "uniugg_reconstruction")
 BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")

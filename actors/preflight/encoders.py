@@ -54,11 +54,11 @@ def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
     from services.features.encode import build_encoder
 
     settings = config.encoders[name]
-    if settings.family == "uniugg_vit":
-        from models.encoders.uniugg import UniuggViT
+    if settings.family in ("uniugg_vit", "mast3r"):
+        from models.encoders.uniugg import PartViT
 
         vit, available = build_encoder(name, config), True
-        assert isinstance(vit, UniuggViT)
+        assert isinstance(vit, PartViT)
         outputs, parameters, flops = dict(vit.outputs()), vit.parameter_count(), vit.flops_per_image()
     elif input_kind(settings.family) is InputKind.IMAGE:
         encoder, available = _describe(settings)

@@ -15,6 +15,7 @@ INPUT_KINDS: Mapping[str, InputKind] = {
     "siglip2": InputKind.IMAGE,
     "clip": InputKind.IMAGE,
     "uniugg_vit": InputKind.IMAGE,
+    "mast3r": InputKind.IMAGE,
     "siglip2_text": InputKind.TEXT,
     "clip_text": InputKind.TEXT,
     "pooled": InputKind.RECORD,

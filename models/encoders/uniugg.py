@@ -1,6 +1,9 @@
-"""Parts of UniUGG that a run has trained, as frozen encoders: the ViT, the VAE behind it, and the VAE's reconstruction.
+"""Parts of UniUGG that a run has trained, as frozen encoders: the ViT, the VAE behind it, and the VAE's reconstruction;
+and MASt3R's ViT, which the paper compares its own with.
 
 ``uniugg_vit`` (images): ``tokens`` (1, h, w, C) and ``summary`` (3, C) of the student.
+``mast3r`` (images): ``tokens`` (1, h, w, C) of CroCo's ViT inside MASt3R, and their mean as ``summary`` (1, C): it has
+    no class token. Weights may also be a folder in MASt3R's published layout.
 ``uniugg_vae`` (records of it): ``mean`` and ``logvar`` float32 (latent channels, 2h, 2w) of the posterior.
 ``uniugg_reconstruction`` (records of it): ``tokens`` (1, h, w, C) decoded from the posterior's mean, and the summary
     as it came, so that it can stand where the ViT's record stands.
@@ -12,6 +15,7 @@ another encoder.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import load_reference
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.chain import RecordEncoder
 from models.encoders.preprocess import Preprocessing
-from models.encoders.weights import RANDOM, same_digest, seeded, stored_digest, tensor_digest, torch_dtype
+from models.encoders.weights import RANDOM, read_json, same_digest, seeded, stored_digest, tensor_digest, torch_dtype
 from models.errors import ModelError, WeightsError
-from models.pretrained import describe_pretrained, load_part
+from models.pretrained import describe_pretrained, load_part, read_pretrained
 from models.registry import build, spec
 from models.spec import TensorSpec
+from models.uniugg.encoder import MEAN, STD
 
 READS = "reads"
 """Key of a part's config.json: digest of the weights of the encoder whose tokens it was trained on."""
@@ -35,6 +41,7 @@ READS = "reads"
 #: Family -> prefix of the registry names that fit, and the one that random weights take.
 PARTS: Mapping[str, tuple[str, str]] = {
     "uniugg_vit": ("uniugg-vit-", "uniugg-vit-tiny"),
+    "mast3r": ("mast3r-", "mast3r-tiny"),
     "uniugg_vae": ("spatial-vae-", "spatial-vae-tiny"),
     "uniugg_reconstruction": ("spatial-vae-", "spatial-vae-tiny"),
 }
@@ -48,18 +55,28 @@ class TrainedPart:
         self.folder = None if weights == RANDOM else Path(weights).expanduser()
         self.seed = seed
         self._digest = ""
+        self.extra: Mapping[str, Any] = {}
+        """Content of config.json."""
         if self.folder is None:
             settings = {key: value for key, value in arch.items() if key != "model"}
-            self.name, self.extra = str(arch.get("model", default)), {}
+            self.name = str(arch.get("model", default))
         else:
             if arch:
                 raise ModelError(f"encoder arch {dict(arch)} is for weights=random only; {weights} has its own")
-            described = describe_pretrained(self.folder)
+            described = self.describe(self.folder)
             settings = dict(described["settings"])
             self.name, self.extra = str(described["model"]), described
         if not self.name.startswith(prefix):
             raise WeightsError(f"{weights} is a {self.name}; family {family} takes {prefix}*")
         self.settings: dict[str, Any] = {**spec(self.name).defaults, **settings}
+
+    def describe(self, folder: Path) -> Mapping[str, Any]:
+        """What the folder says that it holds: ``model`` and ``settings``."""
+        return describe_pretrained(folder)
+
+    def fill(self, module: nn.Module, folder: Path) -> None:
+        """Load the folder's weights into the module that :meth:`make` gave. WeightsError when they do not fit."""
+        load_part(module, folder)
 
     def make(self) -> nn.Module:
         """The module without weights; on the meta device where that is current."""
@@ -72,7 +89,7 @@ class TrainedPart:
             self._digest = tensor_digest(module.state_dict())
         else:
             module = seeded(self.make, self.seed)  # not on meta: what is not stored (positions) must be computed
-            load_part(module, self.folder)
+            self.fill(module, self.folder)
             self._digest = same_digest(stored_digest(self.folder), self._digest, self.folder)
         return module.eval().requires_grad_(False)
 
@@ -91,10 +108,35 @@ class TrainedPart:
         return {"weights": self.digest, "architecture": {"model": self.name.rpartition("-")[0], **self.settings}}
 
 
-class UniuggViT(FrozenEncoder):
-    """UniUGG's student as an encoder of images. Weights from a folder load at the first :meth:`encode`."""
+PUBLISHED_MAST3R = "mast3r-large"
+"""What a folder in MASt3R's own layout holds."""
+
+
+class _Mast3rPart(TrainedPart):
+    """A whole MASt3R, in our layout or the published one, whose config.json says nothing that we could build from."""
+
+    def _is_ours(self, folder: Path) -> bool:
+        return "model" in read_json(folder / "config.json")
+
+    def describe(self, folder: Path) -> Mapping[str, Any]:
+        if self._is_ours(folder):
+            return describe_pretrained(folder)
+        return {"model": PUBLISHED_MAST3R, "settings": {}}
+
+    def fill(self, module: nn.Module, folder: Path) -> None:
+        if self._is_ours(folder):
+            load_part(module, folder)
+        else:
+            load_reference(module, read_pretrained(folder))
+
+
+class PartViT(FrozenEncoder):
+    """A ViT among the parts as an encoder of images. Weights from a folder load at the first :meth:`encode`."""
 
     input_kind = InputKind.IMAGE
+    family: str
+    normalisation: tuple[tuple[float, float, float], tuple[float, float, float]]
+    """Mean and deviation of the pictures that the network was trained on."""
 
     def __init__(
         self,
@@ -107,26 +149,33 @@ class UniuggViT(FrozenEncoder):
         dtype: str = "bfloat16",
     ) -> None:
         super().__init__()
-        from models.uniugg.encoder import MEAN, STD
-
-        self.part = TrainedPart("uniugg_vit", weights, arch or {}, seed)
+        self.part = self.find(weights, arch or {}, seed)
         self.dtype_name, self.dtype = dtype, torch_dtype(dtype)
-        self.preprocessing = Preprocessing(height=height, width=width, mean=MEAN, std=STD)
+        mean, std = self.normalisation
+        self.preprocessing = Preprocessing(height=height, width=width, mean=mean, std=std)
         self.model: nn.Module | None = None
         with torch.device("meta"), torch.no_grad():
             self._shapes = {
                 name: tuple(tensor.shape[1:])
-                for name, tensor in self._forward(self.part.make(), torch.empty(1, 3, height, width)).items()
+                for name, tensor in self.run(self.network(), torch.empty(1, 3, height, width)).items()
             }
 
-    def _forward(self, model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-        out = model(pixels)
-        return {"tokens": out.tokens[:, None], "summary": out.summary}
+    def find(self, weights: str, arch: Mapping[str, Any], seed: int) -> TrainedPart:
+        """Where the weights are."""
+        return TrainedPart(self.family, weights, arch, seed)
 
-    def load(self) -> UniuggViT:
+    def network(self, part: nn.Module | None = None) -> nn.Module:
+        """Of a part (by default one without weights) the network that runs."""
+        return self.part.make() if part is None else part
+
+    @abstractmethod
+    def run(self, model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+        """Normalised pictures (B, 3, H, W) -> the outputs."""
+
+    def load(self) -> PartViT:
         """Build the network now; WeightsError when the folder does not fit. Returns self."""
         if self.model is None:
-            self.model = self.part.load().to(self.dtype)
+            self.model = self.network(self.part.load()).to(self.dtype)
             self.freeze()
         return self
 
@@ -154,20 +203,48 @@ class UniuggViT(FrozenEncoder):
         model = self.load().model
         assert model is not None
         device = next(model.parameters()).device
-        return self._forward(model, torch.stack(list(inputs)).to(device=device, dtype=self.dtype))
+        return self.run(model, torch.stack(list(inputs)).to(device=device, dtype=self.dtype))
 
     def flops_per_image(self) -> int:
         """Floating-point operations of one image's forward pass, counted on the meta device."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self._forward(self.part.make(), torch.empty(1, 3, self.preprocessing.height, self.preprocessing.width))
+            self.run(self.network(), torch.empty(1, 3, self.preprocessing.height, self.preprocessing.width))
         return int(counter.get_total_flops())
 
     def parameter_count(self) -> int:
         """Parameters of the network, counted on the meta device."""
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.part.make().parameters())
+            return sum(parameter.numel() for parameter in self.network().parameters())
+
+
+class UniuggViT(PartViT):
+    """UniUGG's student."""
+
+    family = "uniugg_vit"
+    normalisation = MEAN, STD
+
+    def run(self, model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        out = model(pixels)
+        return {"tokens": out.tokens[:, None], "summary": out.summary}
+
+
+class Mast3rViT(PartViT):
+    """CroCo's ViT as MASt3R trained it; decoder and heads are left out."""
+
+    family = "mast3r"
+    normalisation = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def find(self, weights: str, arch: Mapping[str, Any], seed: int) -> TrainedPart:  # noqa: D102
+        return _Mast3rPart(self.family, weights, arch, seed)
+
+    def network(self, part: nn.Module | None = None) -> nn.Module:  # noqa: D102
+        return super().network(part).get_submodule("encoder")
+
+    def run(self, model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        flat, grid = model(pixels)
+        return {"tokens": flat.unflatten(1, grid)[:, None], "summary": flat.mean(1, keepdim=True)}
 
 
 class _BehindVae(RecordEncoder):

@@ -76,8 +76,8 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
             raise ConfigError(
                 f"encoders.{name}.upstream={settings.upstream!r}, but {settings.family} reads {kind}s, not records"
             )
-        if settings.family == "uniugg_vit":
-            return _trained_vit(settings)
+        if settings.family in ("uniugg_vit", "mast3r"):
+            return _own_vit(name, settings)
         from models.encoders.hf import load_encoder
         from models.encoders.text import load_text_encoder
 
@@ -101,10 +101,16 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
         raise ConfigError(f"encoders.{name}.arch={settings.arch} does not fit {settings.family}: {error}") from error
 
 
-def _trained_vit(settings: EncoderConfig) -> FrozenEncoder:
-    from models.encoders.uniugg import UniuggViT
+def _own_vit(name: str, settings: EncoderConfig) -> FrozenEncoder:
+    """A ViT of the registry, trained by a run or published."""
+    from models.encoders.uniugg import Mast3rViT, UniuggViT
 
-    return UniuggViT(
+    if settings.layers:
+        raise ConfigError(
+            f"encoders.{name}.layers={settings.layers}: {settings.family} gives its last layer only; set []"
+        )
+    vit = UniuggViT if settings.family == "uniugg_vit" else Mast3rViT
+    return vit(
         settings.weights,
         arch=settings.arch,
         seed=settings.seed,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models
-from models.encoders.uniugg import READS, UniuggPosterior, UniuggReconstruction, UniuggViT
+from models.encoders.uniugg import READS, Mast3rViT, UniuggPosterior, UniuggReconstruction, UniuggViT
 from models.errors import ModelError, WeightsError
 from models.pretrained import save_pretrained
 
@@ -135,3 +135,36 @@ def test_parts_that_do_not_fit_are_refused(vit: UniuggViT, tmp_path: Path):
     (tmp_path / "right" / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"no \['"):
         behind(UniuggPosterior, vit, str(tmp_path / "right")).identity()
+
+
+def test_mast3r_s_vit_in_our_layout_and_in_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from safetensors.torch import save_file
+
+    from models.checkpoints import published_names
+    from models.encoders import uniugg
+
+    torch.manual_seed(0)
+    whole = models.build("mast3r-tiny")
+    save_pretrained(whole, tmp_path / "ours", "mast3r-tiny", {})
+    names = published_names(whole)
+    (tmp_path / "published").mkdir()
+    save_file(
+        {names[n]: t.contiguous() for n, t in whole.state_dict().items()}, tmp_path / "published/model.safetensors"
+    )
+    (tmp_path / "published/config.json").write_text('{"landscape_only": false}')
+    monkeypatch.setattr(uniugg, "PUBLISHED_MAST3R", "mast3r-tiny")
+    ours, published = (Mast3rViT(str(tmp_path / which), **SIZE) for which in ("ours", "published"))
+    made = record(ours)
+    pixels = torch.from_numpy(np.array(IMAGE[:32, :48])).permute(2, 0, 1).float() / 127.5 - 1
+    exact = Mast3rViT("random", **SIZE).prepare(np.array(IMAGE[:32, :48]), {})
+    torch.testing.assert_close(exact, pixels, msg="its own normalisation, not CLIP's")
+    with torch.no_grad():
+        tokens, grid = whole.encoder(ours.prepare(IMAGE, {})[None])
+    torch.testing.assert_close(made["tokens"], tokens.unflatten(1, grid))
+    torch.testing.assert_close(made["summary"], tokens.mean(1))
+    torch.testing.assert_close(record(published)["tokens"], made["tokens"])
+    assert {name: spec.shape for name, spec in ours.outputs().items()} == {"tokens": (1, 4, 6, 64), "summary": (1, 64)}
+    assert ours.parameter_count() == sum(p.numel() for p in whole.encoder.parameters())
+    assert len(list(ours.model.parameters())) == len(list(whole.encoder.parameters())), "the decoder is left out"
+    posterior = behind(UniuggPosterior, published, "random")
+    assert posterior([posterior.prepare(made, {})])["mean"].shape == (1, 4, 8, 12)
