@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.layers.linear import Linear
 
 Rotate = Callable[[Tensor], Tensor]
 """Turns queries and keys (B, heads, N, head width) by their positions, e.g. rotary embeddings."""
@@ -24,10 +25,10 @@ class Attention(nn.Module):
         if width % heads:
             raise ModelError(f"attention: width {width} is not divisible by {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, *, rotate: Rotate | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, N, width) -> (B, N, width). ``mask`` broadcasts to (B, heads, N, N); True (or 0.0) lets through."""
@@ -47,10 +48,10 @@ class CrossAttention(nn.Module):
         if width % heads:
             raise ModelError(f"attention: width {width} is not divisible by {heads} heads")
         self.heads = heads
-        self.projq = nn.Linear(width, width, bias=qkv_bias)
-        self.projk = nn.Linear(width, width, bias=qkv_bias)
-        self.projv = nn.Linear(width, width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.projq = Linear(width, width, bias=qkv_bias)
+        self.projk = Linear(width, width, bias=qkv_bias)
+        self.projv = Linear(width, width, bias=qkv_bias)
+        self.proj = Linear(width, width)
 
     def forward(
         self, x: Tensor, y: Tensor, *, rotate_x: Rotate | None = None, rotate_y: Rotate | None = None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.attention import Attention, Rotate
+from models.layers.linear import Linear
 
 
 class Mlp(nn.Module):
@@ -14,8 +15,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, out or width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., out)."""

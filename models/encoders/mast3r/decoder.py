@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from models.errors import ModelError
 from models.layers.attention import Attention, CrossAttention, Rotate
 from models.layers.block import Mlp
+from models.layers.linear import Linear
 from models.layers.rope import Rope2d
 
 Grid = tuple[int, int]
@@ -51,7 +52,7 @@ class DualDecoder(nn.Module):
         super().__init__()
         if depth < 1:
             raise ModelError(f"dual decoder: depth must be at least 1, got {depth}")
-        self.embed = nn.Linear(in_width, width)
+        self.embed = Linear(in_width, width)
         self.blocks1 = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.blocks2 = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
