@@ -7,6 +7,7 @@ for the alignments there are. Means are weighted by valid pixels (MonST3R's eval
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,39 @@ class DepthMetrics:
         if not self.pixels:
             return {}
         return {"abs_rel": self.abs_rel_sum / self.pixels, "delta1": self.delta1_sum / self.pixels}
+
+
+def frame_scores(
+    predicted: Tensor,
+    true: Tensor,
+    *,
+    align: bool = False,
+    max_depth: float | None = None,
+    known: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """AbsRel and delta1 of each frame for itself, to be averaged over frames (and by groups of them, see ``Means``).
+
+    Args:
+        predicted: (B, H, W) depths.
+        true: (B, H, W) metres; 0 or non-finite is unknown.
+        align: make the medians equal; by default metric depth is judged as it is.
+        max_depth: true depths of at least this are unknown.
+        known: (B, H, W) bool, where there is a prediction (a drawn cloud has holes); the rest does not count.
+
+    Returns:
+        ``abs_rel`` and ``delta1``, (B,) float64, NaN for a frame in which no pixel counts.
+    """
+    rows: dict[str, list[float]] = {"abs_rel": [], "delta1": []}
+    for place in range(len(true)):
+        metrics = DepthMetrics()
+        truth = true[place : place + 1]
+        if known is not None:
+            truth = torch.where(known[place], truth, torch.zeros_like(truth))
+        metrics.update(predicted[place : place + 1], truth, align=align, max_depth=max_depth)
+        found = metrics.compute()
+        for name, values in rows.items():
+            values.append(found.get(name, math.nan))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
 
 
 class VideoDepthMetrics:

@@ -79,7 +79,7 @@ def strategies_from(questions: Sequence[Question], *, choice: bool) -> Mapping[s
     one that training did not ask falls back on the type.
     """
     if not questions:
-        return {"first option" if choice else "nothing": lambda q: split_option(q.options[0])[0] if choice else ""}
+        return {"first option" if choice else "nothing": lambda q: split_option(q.options[0])[0] if q.options else ""}
     if choice:
         letter = _mode(question.answer for question in questions)
         return {
@@ -138,6 +138,8 @@ def _by_success(questions: Sequence[Question], clue: Callable[[Question, str], t
             right[clue(question, text)] += letter == question.answer
 
     def answer(question: Question) -> str:
+        if not question.options:
+            return ""
         prior = 1 / len(question.options)
         rates = {}
         for option in question.options:

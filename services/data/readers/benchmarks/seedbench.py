@@ -1,7 +1,8 @@
 """SEED-Bench: ``SEED-Bench.json`` with ``questions`` and the names of their types; pictures by ``data_id``.
 
 Questions about pictures are read by default. Those about videos need the videos of three data sets in one folder
-(``options.videos``); a ``segment`` [first, last second] of a question chooses its part of the video.
+(``options.videos``); a question's ``segment`` chooses its part of the video: from one second to another, or, for
+Procedure Understanding, from one frame to another.
 """
 
 from __future__ import annotations
@@ -70,31 +71,42 @@ class SeedBench(Questions):
         options = lettered([record[name] for name in _CHOICES if record.get(name) is not None])
         if answer not in {option[0] for option in options}:
             raise DataError(f"{where}: the answer {answer!r} is no letter of its {len(options)} choices")
+        dimension = self._dimension(record, where)
         return make_item(
             question_id,
-            self._pictures(record, where),
+            self._pictures(record, dimension, where),
             "\n".join([text, *options, LETTER_PROMPT]),
-            kind=self._dimension(record, where),
+            kind=dimension,
             text=text,
             answer=answer,
             options=options,
         )
 
-    def _dimension(self, record: Row, where: str) -> str:
-        """Name of the type: by its number, from 1, in the benchmark's order."""
-        names = IMAGE_DIMENSIONS + VIDEO_DIMENSIONS
-        number = record.get("question_type_id")
-        if not isinstance(number, int) or not 1 <= number <= len(names):
-            raise DataError(f"{where}: question_type_id={number!r} is not a number from 1 to {len(names)}")
-        return names[number - 1]
+    @cached_property
+    def _dimensions(self) -> dict[int, str]:
+        """Number -> name of a type, as the file itself says: releases number them differently."""
+        names = self._content.get("question_type")
+        if not isinstance(names, dict) or not all(isinstance(number, int) for number in names.values()):
+            raise DataError(f"{self._path}: 'question_type' must be an object of names and numbers, got {names!r:.80}")
+        unknown = sorted(set(names) - {*IMAGE_DIMENSIONS, *VIDEO_DIMENSIONS})
+        if unknown:
+            raise DataError(f"{self._path}: question_type names {unknown}, which the benchmark does not have")
+        return {number: name for name, number in names.items()}
 
-    def _pictures(self, record: Row, where: str) -> tuple[ImageRef, ...]:
+    def _dimension(self, record: Row, where: str) -> str:
+        number = record.get("question_type_id")
+        if number not in self._dimensions:
+            raise DataError(f"{where}: question_type_id={number!r} is not one of {sorted(self._dimensions)}")
+        return self._dimensions[number]
+
+    def _pictures(self, record: Row, dimension: str, where: str) -> tuple[ImageRef, ...]:
         base = self._path.parent
         names = record.get("data_id")
         names = [str(name) for name in names] if isinstance(names, list) else [text_of(record, "data_id", where)]
         if record.get("data_type") == "video":
             video = self.settings.folder(self.settings.videos, base / "videos") / names[0]
-            return _segment(video, record.get("segment"), self.settings.frames, where)
+            in_frames = dimension == "Procedure Understanding"
+            return _segment(video, record.get("segment"), self.settings.frames, where, in_frames=in_frames)
         folder = self.settings.folder(self.settings.images, base / IMAGES)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -104,19 +116,22 @@ class SeedBench(Questions):
         return tuple(ImageRef(path=str(folder / name)) for name in names)
 
 
-def _segment(path: Path, segment: Any, frames: int, where: str) -> tuple[ImageRef, ...]:
-    """Evenly spaced frames of a video, or of its part from one second to another."""
+def _segment(path: Path, segment: Any, frames: int, where: str, *, in_frames: bool) -> tuple[ImageRef, ...]:
+    """Evenly spaced frames of a video, or of its part from one second (or frame) to another."""
     everything = video_frames(path, frames, where)
     if not segment:
         return everything
     if not isinstance(segment, list) or len(segment) != 2:
-        raise DataError(f"{where}: 'segment' must be [first second, last second], got {segment!r:.60}")
+        raise DataError(f"{where}: 'segment' must be [first, last], got {segment!r:.60}")
     from services.data.videos import frame_times
 
     times = np.asarray(frame_times(path), dtype=np.float64)
-    start, end = (float(second) for second in segment)
-    inside = np.flatnonzero((times - times[0] >= start) & (times - times[0] <= end))
+    places = np.arange(len(times)) if in_frames else times - times[0]
+    start, end = (float(place) for place in segment)
+    inside = np.flatnonzero((places >= start) & (places <= end))
     if not len(inside):
-        raise DataError(f"{where}: no frame of {path} lies within {start:g} to {end:g} s; it has {times[-1]:.1f} s")
+        raise DataError(
+            f"{where}: no frame of {path} lies within its segment {segment}; the last one is {places[-1]:g}"
+        )
     chosen = inside[np.linspace(0, len(inside) - 1, min(frames, len(inside))).astype(int)]
     return tuple(ImageRef(path=str(path), frame=int(frame)) for frame in chosen)

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from sklearn.linear_model import LinearRegression
 
 from models.metrics.alignment import ALIGNMENTS
-from models.metrics.depth import VIDEO_ALIGNMENT, DepthMetrics, VideoDepthMetrics
+from models.metrics.depth import VIDEO_ALIGNMENT, DepthMetrics, VideoDepthMetrics, frame_scores
 
 
 def depths(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +140,18 @@ def test_far_depth_is_unknown_and_a_negative_one_is_never_close() -> None:
 def test_an_unknown_alignment_is_named() -> None:
     with pytest.raises(ValueError, match=r"unknown alignments \['best'\]; there are none, median_scale"):
         VideoDepthMetrics(("best",))
+
+
+def test_frames_for_themselves() -> None:
+    true = torch.tensor([[[1.0, 2.0]], [[4.0, 0.0]], [[0.0, 0.0]]])
+    predicted = torch.tensor([[[2.0, 2.0]], [[5.0, 9.0]], [[1.0, 1.0]]])
+    scores = frame_scores(predicted, true)
+    assert scores["abs_rel"][:2].tolist() == [0.5, 0.25]
+    assert scores["delta1"][:2].tolist() == [0.5, 0.0]  # 5 / 4 is not below 1.25
+    assert bool(scores["abs_rel"][2].isnan())
+    known = torch.tensor([[[False, True]], [[False, True]], [[True, True]]])
+    assert scores["abs_rel"].isnan().tolist() == [False, False, True]
+    holes = frame_scores(predicted, true, known=known)
+    assert holes["abs_rel"][0] == 0
+    assert holes["abs_rel"].isnan().tolist() == [False, True, True]
+    assert frame_scores(predicted * 7, true, align=True)["abs_rel"][1] == 0

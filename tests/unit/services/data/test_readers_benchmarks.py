@@ -18,7 +18,7 @@ from PIL import Image
 
 from configs.schema import SourceConfig
 from models.metrics.benchmarks import scorer
-from models.metrics.seedbench import IMAGE_DIMENSIONS
+from models.metrics.seedbench import IMAGE_DIMENSIONS, VIDEO_DIMENSIONS
 from services.contracts import Item, Split
 from services.data.images import load_image
 from services.data.ingest import index_reader
@@ -238,10 +238,12 @@ def test_seedbench(tmp_path: Path) -> None:
         seed_question("102", 1, "A"),
         seed_question("103", 5, "D"),
         seed_question("v1", 10, "C", **film),
-        seed_question("v2", 11, "C", **film, segment=[0.3, 0.6]),
+        seed_question("v2", 11, "C", **film, segment=[0.25, 0.65]),
+        seed_question("v3", 12, "A", **film, segment=[2, 4]),
+        seed_question("v4", 11, "A", **film, segment=[50, 60]),
         seed_question("104", 2, "A", data_id="none"),
     ]
-    names = {name: number for number, name in enumerate(IMAGE_DIMENSIONS, start=1)}
+    names = {name: number for number, name in enumerate(IMAGE_DIMENSIONS + VIDEO_DIMENSIONS, start=1)}
     (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": questions, "question_type": names}))
     reader = benchmark(tmp_path, "seedbench")
     assert reader.list_ids() == ["101", "102", "103", "104"]
@@ -260,9 +262,19 @@ def test_seedbench(tmp_path: Path) -> None:
     videos = benchmark(tmp_path, "seedbench", part="video", videos="films", frames=2)
     assert [ref.frame for ref in item(videos, "v1").images] == [0, 9]
     whole = benchmark(tmp_path, "seedbench", part="video", videos="films", frames=100)
-    inside = [ref.frame for ref in item(whole, "v2").images]
-    assert inside == sorted(set(inside))
-    assert 0 < len(inside) < 10
+    assert [ref.frame for ref in item(whole, "v2").images] == [3, 4, 5, 6]  # seconds, at 10 frames a second
+    assert [ref.frame for ref in item(whole, "v3").images] == [2, 3, 4]  # frames
+    with pytest.raises(
+        DataError, match=r"no frame of .*clip\.mp4 lies within its segment \[50, 60\]; the last one is 0"
+    ):
+        whole.read("v4")
+    other = {"questions": questions, "question_type": {"Instance Location": 5, "Action Recognition": 10}}
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps(other))
+    moved = item(benchmark(tmp_path, "seedbench"), "101").question
+    assert moved is not None
+    assert moved.type == "Instance Location"
+    with pytest.raises(DataError, match=r"question '102'.*question_type_id=1 is not one of \[5, 10\]"):
+        benchmark(tmp_path, "seedbench").read("102")
     with pytest.raises(ConfigError, match=r"options\.part='sound' is not one of image, video, all"):
         benchmark(tmp_path, "seedbench", part="sound").list_ids()
 
