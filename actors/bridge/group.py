@@ -12,14 +12,15 @@ one byte, and travels on its own; from then on the capacity is larger.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ _MAX_PARTS = 64
 _FIXED = struct.Struct("<III")
 """Bytes of the header, number of parts, 1 if the header is the first part."""
 _HEAD_TAG, _POSTED_TAG, _LARGE_TAG = 1, 100, 200
+_MAX_HEADER = 1 << 28
 _lock = threading.Lock()
 
 
@@ -67,7 +69,8 @@ class GroupTransport:
         if nccl:
             self._up = _nccl_group(dist.PrefixStore("up", store), place, places, timeout)
             self._down = _nccl_group(dist.PrefixStore("down", store), place, places, timeout)
-        self._waiter = _Waiter(timeout)
+        self._timeout = timeout
+        self._waiter = _Waiter()
         self._pool = _Pool()
         self._sent: dict[int, deque[tuple[int, Any, Tensor]]] = {p: deque() for p in range(places) if p != place}
         self._numbers = dict.fromkeys(self._sent, 0)
@@ -79,7 +82,6 @@ class GroupTransport:
     def send(self, to: int, header: bytes, parts: Sequence[Tensor] = ()) -> int:
         """Hand a message to gloo; see :class:`actors.bridge.transport.Transport`."""
         self._numbers[to] += 1
-        on_gpu = self._nccl and any(part.is_cuda for part in parts)
         sizes = [part.numel() for part in parts]
         spilled = _FIXED.size + 8 * len(sizes) + len(header) > BLOCK
         if len(sizes) >= _MAX_PARTS:
@@ -92,9 +94,11 @@ class GroupTransport:
         if spilled:
             self._post(to, spill, _LARGE_TAG + _MAX_PARTS)
         for index, part in enumerate(parts):
-            if on_gpu:
+            if not part.numel():
+                continue
+            if self._nccl:
                 self._keep(to, self._direction(self.place, to).send([part], to, 0), part)
-            elif part.numel():
+            else:
                 self._send_part(to, index, part.cpu())
         return self._numbers[to]
 
@@ -124,7 +128,8 @@ class GroupTransport:
         """Wait until everything has left."""
         for to, sent in self._sent.items():
             while sent:
-                self._wait(sent[0][1], to)
+                work = sent[0][1]
+                self._wait(functools.partial(self._finish, work), to)
                 sent.popleft()
 
     # -- receiving -------------------------------------------------------------------------------------------
@@ -136,42 +141,47 @@ class GroupTransport:
     def receive(self, source: int) -> Message:
         """The next message of ``source``."""
         incoming = self._in[source]
-        self._wait(incoming.work, source)
+        message, sizes = self._wait(lambda: self._receive(source, incoming), source)
+        # Being ready for the next message is nothing that this one has to wait for.
+        self._waiter.later(lambda: self._post_receives(source, incoming))
+        if self._nccl:  # here, because it is this thread's stream that has to wait for them
+            message.parts = [self._receive_gpu(source, size) for size in sizes]
+        return cast(Message, message)
+
+    def _receive(self, source: int, incoming: _Incoming) -> tuple[Message, tuple[int, ...]]:
+        """Wait for a block and the parts that gloo carries; also their sizes. In the waiting thread."""
+        self._finish(incoming.work)
         head = incoming.block.numpy().tobytes()
         length, count, spilled = _FIXED.unpack_from(head)
-        if length > 2**31 or count >= _MAX_PARTS:
+        if length > _MAX_HEADER or count >= _MAX_PARTS:
             raise BridgeError(f"what place {source} sent is no message (header of {length} bytes, {count} parts)")
         sizes = struct.unpack_from(f"<{count}Q", head, _FIXED.size)
         if spilled:
             spill = torch.empty(length, dtype=torch.uint8)
-            self._wait(self._group.recv([spill], source, _LARGE_TAG + _MAX_PARTS), source)
+            self._finish(self._group.recv([spill], source, _LARGE_TAG + _MAX_PARTS))
             header = spill.numpy().tobytes()
         else:
             begin = _FIXED.size + 8 * count
             header = head[begin : begin + length]
-        if self._nccl and count:
-            parts = [self._receive_gpu(source, size) for size in sizes]
-            buffers: list[Tensor] = []
-        else:
-            buffers = [self._receive_part(source, index, size) for index, size in enumerate(sizes)]
-            parts = [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
-        self._repost(source, incoming)
-        return Message(header=header, parts=parts, _release=lambda: self._pool.give(buffers))
+        if self._nccl:
+            return Message(header=header), sizes
+        buffers = [self._receive_part(source, incoming, index, size) for index, size in enumerate(sizes)]
+        parts = [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
+        return Message(header=header, parts=parts, _release=lambda: self._pool.give(buffers)), sizes
 
-    def _receive_part(self, source: int, index: int, size: int) -> Tensor:
+    def _receive_part(self, source: int, incoming: _Incoming, index: int, size: int) -> Tensor:
         if not size:
             return torch.empty(0, dtype=torch.uint8)
-        incoming = self._in[source]
         if incoming.capacities.fits(index, size):
             buffer, work = incoming.posted.pop(index)
-            self._wait(work, source)
+            self._finish(work)
             return buffer
         if incoming.capacities.grow(index, size):
             stale, work = incoming.posted.pop(index)
-            self._wait(work, source)
+            self._finish(work)
             self._pool.give([stale])
         buffer = self._pool.take(incoming.capacities.of(index))
-        self._wait(self._group.recv([buffer[:size]], source, _LARGE_TAG + index), source)
+        self._finish(self._group.recv([buffer[:size]], source, _LARGE_TAG + index))
         return buffer
 
     def _receive_gpu(self, source: int, size: int) -> Tensor:
@@ -180,35 +190,38 @@ class GroupTransport:
             self._direction(source, self.place).recv([part], source, 0).wait()
         return part
 
-    def _repost(self, source: int, incoming: _Incoming) -> None:
-        """Be ready for the next message."""
-        with self._broken(source):
-            for index, capacity in incoming.capacities.items():
-                if index not in incoming.posted:
-                    buffer = self._pool.take(capacity)
-                    incoming.posted[index] = buffer, self._group.recv([buffer], source, _POSTED_TAG + index)
-            incoming.work = self._group.recv([incoming.block], source, _HEAD_TAG)
+    def _post_receives(self, source: int, incoming: _Incoming) -> None:
+        """Be ready for the next message; in the waiting thread."""
+        for index, capacity in incoming.capacities.items():
+            if index not in incoming.posted:
+                buffer = self._pool.take(capacity)
+                incoming.posted[index] = buffer, self._group.recv([buffer], source, _POSTED_TAG + index)
+        incoming.work = self._group.recv([incoming.block], source, _HEAD_TAG)
 
     def _direction(self, source: int, target: int) -> Any:
         return self._up if source < target else self._down
 
     # -- waiting ---------------------------------------------------------------------------------------------
 
-    def _wait(self, work: Any, peer: int) -> None:
-        """Wait for gloo, and look after the peer meanwhile."""
-        self._waiter.begin(work)
-        reason = self._waiter.reason if self._waiter.done(POLL_S) else self._wait_long(peer)
-        if reason:
-            raise self._watch.lost(peer, reason)
+    def _finish(self, work: Any) -> None:
+        work.wait(self._timeout)
 
-    def _wait_long(self, peer: int) -> str:
-        self._watch.waiting(peer)
-        try:
-            while not self._waiter.done(POLL_S):
-                self._watch.check(peer)
-        finally:
-            self._watch.waiting(None)
-        return self._waiter.reason
+    def _wait(self, what: Callable[[], Any], peer: int) -> Any:
+        """What ``what`` gives, which waits for gloo in a thread; looks after the peer meanwhile."""
+        self._waiter.begin(what)
+        if not self._waiter.done(POLL_S):
+            self._watch.waiting(peer)
+            try:
+                while not self._waiter.done(POLL_S):
+                    self._watch.check(peer)
+            finally:
+                self._watch.waiting(None)
+        result = self._waiter.result
+        if isinstance(result, BridgeError):
+            raise result
+        if isinstance(result, RuntimeError):
+            raise self._watch.lost(peer, _first_line(result)) from result
+        return result
 
     @contextlib.contextmanager
     def _broken(self, peer: int) -> Iterator[None]:
@@ -276,42 +289,53 @@ class _Pool:
 
 
 class _Waiter:
-    """A thread that waits for one piece of work at a time; it may be left behind in a wait that never ends."""
+    """A thread that waits for one thing at a time; it may be left behind in a wait that never ends."""
 
-    def __init__(self, timeout: timedelta) -> None:
-        self._timeout = timeout
-        self._todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.reason = ""
+    def __init__(self) -> None:
+        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], bool] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.result: Any = None
+        """Of the last wait: what it gave, or the RuntimeError or BridgeError that it ended with."""
         self.stuck = False
         threading.Thread(target=self._run, name="bridge-wait", daemon=True).start()
 
-    def begin(self, work: Any) -> None:
+    def begin(self, what: Callable[[], Any]) -> None:
+        """Wait for ``what``."""
         assert not self.stuck, "a transport whose wait failed is not used again"
         self.stuck = True
-        self._todo.put(work)
+        self._todo.put((what, True))
+
+    def later(self, what: Callable[[], Any]) -> None:
+        """Do ``what`` before the next wait; that one tells of its error."""
+        self._todo.put((what, False))
 
     def done(self, timeout_s: float) -> bool:
-        """Whether the work ended within the time; ``reason`` says why it failed, "" if it did not."""
+        """Whether the wait ended within the time; then there is a :attr:`result`."""
         try:
-            self.reason = self._done.get(timeout=timeout_s)
+            self.result = self._done.get(timeout=timeout_s)
         except queue.Empty:
             return False
         self.stuck = False
         return True
 
     def close(self) -> None:
+        """End when there is nothing more to wait for."""
         self._todo.put(None)
 
     def _run(self) -> None:
-        while (work := self._todo.get()) is not None:
-            reason = ""
-            try:
-                work.wait(self._timeout)
-            except RuntimeError as error:
-                reason = _first_line(error)
-            del work
-            self._done.put(reason)
+        failed: Exception | None = None
+        while (entry := self._todo.get()) is not None:
+            what, awaited = entry
+            result: Any = failed
+            if failed is None:
+                try:
+                    result = what()
+                except (RuntimeError, BridgeError) as error:
+                    result = error
+                    failed = None if awaited else error
+            del entry, what
+            if awaited:
+                self._done.put(result)
 
 
 def _first_line(error: BaseException) -> str:

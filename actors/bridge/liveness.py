@@ -18,7 +18,7 @@ from services.errors import PeerLostError
 _log = logging.getLogger("loom3d")
 
 ENDED = "ended"
-_CAUSE_WAIT_S = 2.0
+_CAUSE_WAIT_S = 1.0
 """A peer whose connection broke may still be about to say why."""
 
 

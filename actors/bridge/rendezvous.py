@@ -153,6 +153,8 @@ def connect(
 
         def make() -> Transport:
             if bridge.transport == "objects":
+                if mailbox is None:
+                    raise ConfigError("bridge.transport=objects needs the mailbox actor of this generation")
                 from actors.bridge.mailbox import MailboxTransport
 
                 return MailboxTransport(mailbox, place, places, liveness, device=backend.device)
@@ -185,8 +187,9 @@ def connect(
 def _client(address: str) -> dist.TCPStore:
     host, _, port = address.rpartition(":")
     try:
+        socket.create_connection((host, int(port)), _STORE_TIMEOUT.total_seconds()).close()  # TCPStore tries for long
         return dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ServiceError(
             f"the rendezvous store at {address} does not answer ({str(error).splitlines()[0]}); is the driver alive?"
         ) from error

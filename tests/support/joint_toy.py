@@ -206,7 +206,12 @@ def inline(case: Case, work: Callable[..., Any] = train) -> dict[str, Any]:
         with link:
             return work(case, role, link, SingleBackend())
 
-    return run_roles({role: functools.partial(task, role) for role in case.roles})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have: sums are taken in the same order
+    try:
+        return run_roles({role: functools.partial(task, role) for role in case.roles})
+    finally:
+        torch.set_num_threads(threads)
 
 
 # -- plain processes -----------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def bridge_config(case: Case) -> RunConfig:
     return RunConfig(bridge=BridgeConfig(**{"window": case.window, **FAST, **case.bridge}))
 
 
-def link_of(case: Case, role: str, rank: int, address: str, generation: int, backend: Any) -> Link:
+def link_of(case: Case, role: str, rank: int, address: str, generation: int, backend: Any, mailbox: Any = None) -> Link:
     return connect(
         bridge_config(case),
         role=role,
@@ -230,7 +235,19 @@ def link_of(case: Case, role: str, rank: int, address: str, generation: int, bac
         address=address,
         generation=generation,
         backend=backend,
+        mailbox=mailbox,
     )
+
+
+def ray_role(case: Case, role: str, address: str, generation: int, mailbox: Any) -> tuple[Any, dict[str, Any]]:
+    """A role as a Ray task: its loss terms, and its weights as arrays."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    backend = SingleBackend()
+    with link_of(case, role, 0, address, generation, backend, mailbox) as link:
+        outcome = replace_tensors(train(case, role, link, backend))
+    torch.set_num_threads(threads)
+    return outcome.terms, outcome.weights
 
 
 def _context() -> Any:
