@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "USER_ERRORS",
+    "BridgeError",
     "CacheError",
     "ConfigError",
     "DataError",
@@ -23,6 +24,7 @@ __all__ = [
     "LoomError",
     "ModelError",
     "NonFiniteError",
+    "PeerLostError",
     "PlacementError",
     "QuarantineLimitError",
     "ResumeError",
@@ -53,6 +55,14 @@ class ServiceError(LoomError):
 
 class DeadlineError(ServiceError):
     """A remote call passed its deadline; the message says who waits for whom since when."""
+
+
+class PeerLostError(DeadlineError):
+    """A rank of another role stopped, ended, failed, or stays in a phase too long; says who waits for whom."""
+
+
+class BridgeError(LoomError):
+    """The two ends of an edge, or the roles of a run, disagree about what they are doing. Names both sides."""
 
 
 class PlacementError(LoomError):
