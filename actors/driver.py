@@ -147,20 +147,22 @@ def _feed(config: RunConfig, manifests: Mapping[str, Manifest], pool: PoolAddres
 
 def _record(config: RunConfig, folder: Path, feed: Feed) -> None:
     """Save the configuration, unless the folder holds checkpoints of another one: ResumeError says what differs."""
+    from actors.recipes import open_recipe
     from actors.trainers.roles import open_checkpoints
     from services.contracts import Split
 
-    open_checkpoints(config, folder, feed.plan(Split.TRAIN)).newest()
+    plan = feed.plan(Split.TRAIN)
+    for role in open_recipe(config).roles:
+        open_checkpoints(config, folder, plan, role).newest()
     (folder / "config.yaml").write_text(configs.to_yaml(config))
 
 
 def _train(config: RunConfig, folder: Path, feed: Feed, pool: PoolAddress | None) -> RoleResult:
-    """Train the role: here, or in Ray Train workers."""
+    """Train the roles: here, or in Ray Train workers."""
     if config.cluster.mode == "inline":
-        from actors.trainers.backends.single import SingleBackend
-        from actors.trainers.roles import train_role
+        from actors.trainers.roles import train_roles_inline
 
-        return train_role(config, folder, feed, SingleBackend(_device()))
+        return train_roles_inline(config, folder, feed, _device())
     from actors.trainers.worker import train_in_workers
 
     return train_in_workers(config, folder, pool)

@@ -36,6 +36,7 @@ class Feed:
     columns: Mapping[str, Mapping[str, TensorSpec]]
     """By kind, the columns of a batch, so that even a first micro-batch without a good sample has its shapes."""
     quarantine: frozenset[str] = frozenset()
+    store: FeatureStore | None = None
 
     @classmethod
     def open(
@@ -70,7 +71,12 @@ class Feed:
             texts=texts,
             columns=column_specs(config, inputs, client.outputs, targets=targets, texts=texts),
             quarantine=quarantine,
+            store=store,
         )
+
+    def for_role(self, role: str) -> Feed:
+        """The same data as another role reads them, or as the recipe's judge does. Close it too."""
+        return Feed.open(self.config, self.manifests, self.client, self.store, role=role)
 
     def close(self) -> None:
         """Commit the targets and let go of them; the client is its owner's to close."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.bridge.link import Link, Links
+from actors.bridge.transport import Transport
 from actors.recipes import Built, Recipe, open_recipe
 from actors.recipes.base import select_trained
 from actors.trainers.backends.base import Backend
 from actors.trainers.checkpoint import Checkpoints, Identity, resume
 from actors.trainers.feed import Feed as Feed  # where others look for it
-from actors.trainers.loop import Hooks, Metrics, TrainLoop, to_device
+from actors.trainers.loop import Hooks, Metrics, TrainLoop
 from actors.trainers.recompute import checkpoint_activations
 from configs.roles import role_config
 from configs.schema import RunConfig
-from models.spec import RoleSpec
 from services.contracts import Split
 from services.streams.ledger import Ledger
 from services.streams.loader import Steps
@@ -56,7 +58,14 @@ class RoleResult:
 
 
 def train_role(
-    config: RunConfig, folder: Path, feed: Feed, backend: Backend, *, role: str = "", stream: Stream | None = None
+    config: RunConfig,
+    folder: Path,
+    feed: Feed,
+    backend: Backend,
+    *,
+    role: str = "",
+    stream: Stream | None = None,
+    link: Links | None = None,
 ) -> RoleResult:
     """Train one role on this rank, resuming from the newest valid checkpoint of ``folder``.
 
@@ -67,6 +76,7 @@ def train_role(
         backend: this rank's place among those of its role.
         role: which role of the recipe; "" is its first.
         stream: gives this rank's planned steps; None reads the plan directly.
+        link: joins this rank with those of the other roles; None where there are none.
     """
     recipe = open_recipe(config)
     role = role or recipe.roles[0]
@@ -85,6 +95,7 @@ def train_role(
         backend=backend,
         loss_weights=recipe.loss_weights(role),
         seed=config.seed,
+        link=link,
     )
     checkpoints = open_checkpoints(config, folder, plan, role)
     found = checkpoints.newest()
@@ -95,7 +106,7 @@ def train_role(
         write_settings(folder, role, built)
     began_at = loop.state.step
     loggers = Loggers(folder, config.logger) if backend.rank == 0 else None
-    validation = _Validation(feed, recipe, built.spec, backend)
+    validation = _Validation(feed, recipe, loop)
     loop.hooks = Hooks(
         metrics=loggers.log if loggers is not None else lambda *_: None,
         broken=_report_broken if backend.rank == 0 else lambda _: None,
@@ -203,21 +214,53 @@ def _report_broken(broken: Mapping[str, str]) -> None:
 class _Validation:
     """The validation hook: every rank takes its share of the split, the tallies are added up."""
 
-    def __init__(self, feed: Feed, recipe: Recipe, role: RoleSpec, backend: Backend) -> None:
-        self._feed, self._recipe, self._role, self._backend = feed, recipe, role, backend
+    def __init__(self, feed: Feed, recipe: Recipe, loop: TrainLoop) -> None:
+        self._feed, self._recipe, self._loop = feed, recipe, loop
         self.possible = any(manifest.of_split(Split.VAL) for manifest in feed.manifests.values())
         self.last: Metrics = {}
 
     def __call__(self, module: nn.Module) -> Metrics:
-        tally = self._recipe.tally(self._role.name, self._feed)
-        backend = self._backend
+        role, backend = self._loop.role, self._loop.backend
+        tally = self._recipe.tally(role.name, self._feed)
         plan = self._feed.plan(Split.VAL)
         with closing(self._feed.load(plan, rank=backend.rank, world_size=backend.world_size)) as loader:
             for step in loader:
-                for micro in step.micro_batches:
-                    tally.update(module, self._role, to_device(micro.batch, backend.device), {})
+                self._loop.forward_only(step, functools.partial(tally.update, module, role))
         mine, *others = backend.exchange(tally)
         for other in others:
             mine.merge(other)
         self.last = mine.compute()
         return self.last
+
+
+def train_roles_inline(config: RunConfig, folder: Path, feed: Feed, device: str) -> RoleResult:
+    """Train all roles in this process, without Ray: what a split run computes, and what one debugs.
+
+    ``feed`` is that of the recipe's first role. Returns what the first role came to.
+    """
+    from actors.bridge.local import run_roles
+    from actors.trainers.backends.single import SingleBackend
+
+    recipe = open_recipe(config)
+    if len(recipe.roles) == 1:
+        return train_role(config, folder, feed, SingleBackend(device))
+    with ExitStack() as open_feeds:
+        feeds = {recipe.roles[0]: feed}
+        for role in recipe.roles[1:]:
+            feeds[role] = open_feeds.enter_context(closing(feed.for_role(role)))
+
+        def task(role: str, transport: Transport) -> RoleResult:
+            link = Link(
+                transport,
+                role=role,
+                rank=0,
+                roles=dict.fromkeys(recipe.roles, 1),
+                edges=recipe.edges,
+                window=config.bridge.window,
+                device=device,
+            )
+            with link:
+                return train_role(config, folder, feeds[role], SingleBackend(device), role=role, link=link)
+
+        results = run_roles({role: functools.partial(task, role) for role in recipe.roles})
+    return results[recipe.roles[0]]
