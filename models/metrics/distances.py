@@ -79,7 +79,8 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     product = root @ covariance_b @ root
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
     difference = mean_a - mean_b
-    return float(difference @ difference + covariance_a.trace() + covariance_b.trace() - 2 * trace)
+    distance = difference @ difference + covariance_a.trace() + covariance_b.trace() - 2 * trace
+    return max(0.0, float(distance))  # of equal Gaussians rounding leaves about -1e-12
 
 
 class FrechetDistance:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from models.geometry.poses import relative, rotation_angle
+
 
 class Means:
     """Mean of every score over its samples; ``<score>@<group>`` for each group that a sample belongs to."""
@@ -56,3 +58,23 @@ def bin_name(value: float, edges: Sequence[float], quantity: str) -> str:
         if value <= edge:
             return f"{quantity}<={edge:g}"
     return f"{quantity}>{edges[-1]:g}" if edges else quantity
+
+
+def view_groups(pose: Tensor, angle_bins: Sequence[float], distance_bins: Sequence[float]) -> list[list[str]]:
+    """Groups of pairs of views by how far the camera moved, for :meth:`Means.update`.
+
+    Args:
+        pose: (B, 2, 4, 4) camera-to-world, metres.
+        angle_bins: ascending upper ends in degrees of the rotation between the views.
+        distance_bins: ascending upper ends in metres of the distance between them.
+
+    Returns:
+        For each pair ``angle<=15`` or the like, and ``distance<=0.5`` or the like.
+    """
+    change = relative(pose[:, 0].double(), pose[:, 1].double())
+    angles = rotation_angle(change[:, :3, :3]).rad2deg().tolist()
+    distances = change[:, :3, 3].norm(dim=-1).tolist()
+    return [
+        [bin_name(angle, angle_bins, "angle"), bin_name(distance, distance_bins, "distance")]
+        for angle, distance in zip(angles, distances, strict=True)
+    ]

@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from models.errors import ModelError, WeightsError
 from models.metrics.images import psnr, ssim
-from models.metrics.means import Means, bin_name
+from models.metrics.means import Means, bin_name, view_groups
 from models.metrics.perceptual import load_lpips
 
 
@@ -164,3 +164,12 @@ def test_bins_include_their_upper_end() -> None:
         "angle<=15", "angle<=15", "angle<=30", "angle<=30", "angle>30",
     ]  # fmt: skip
     assert bin_name(3, [], "angle") == "angle"
+
+
+def test_pairs_are_grouped_by_how_far_the_camera_moved() -> None:
+    pose = torch.eye(4).repeat(2, 2, 1, 1)
+    pose[0, :, :3, 3] = torch.tensor([[5.0, 0.0, 0.0], [5.0, 0.3, 0.4]])
+    quarter = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
+    pose[1, 0, :3, :3], pose[1, 1, :3, 3] = quarter, torch.tensor([0.0, 0.0, 3.0])
+    groups = view_groups(pose, [15.0, 60.0], [0.6, 1.0])
+    assert groups == [["angle<=15", "distance<=0.6"], ["angle>60", "distance>1"]]
