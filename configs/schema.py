@@ -440,6 +440,16 @@ class GenerateConfig:
     points: str = "target"
     # Longest answer, tokens.
     max_new_tokens: int = 64
+    # Views imagined, and questions answered, at once.
+    batch_size: int = 8
+    # Horizontal field of view, degrees, of a picture whose intrinsics are not known.
+    fov: float = 60.0
+    # Frames of a trajectory (`--trajectory`).
+    frames: int = 24
+    # A trajectory turns by so many degrees to either side, where no angle is given.
+    angle: float = 30.0
+    # Frames a second of the animation of a trajectory.
+    frame_rate: float = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
