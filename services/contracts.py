@@ -77,7 +77,8 @@ class ImageRef:
     frame: int | None = None
     """Index of the decoded frame when ``path`` is a video; None for an image file."""
     member: str | None = None
-    """Name of the image inside ``path`` when that is a tar archive, or ``column:row`` of a Parquet file."""
+    """Name of the image inside ``path`` when that is a tar archive; ``column:row`` of a Parquet file, or
+    ``column[place]:row`` where a cell holds a list of images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,16 @@ for the alignments there are. Means are weighted by valid pixels (MonST3R's eval
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.metrics.alignment import ALIGNMENTS, median_scale
+
+PairDecoder = Callable[[Tensor, Tensor], Sequence[Mapping[str, Tensor]]]
 
 #: One alignment a sequence: the default of video depth.
 VIDEO_ALIGNMENT = "least_squares_scale_shift"
@@ -151,6 +154,23 @@ class VideoDepthMetrics:
             numbers = numbers or dict(values)
             numbers |= {f"{score}/{name}": value for score, value in values.items()}
         return numbers
+
+
+def self_pair_depth(decode: PairDecoder, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Depth of single pictures by a network of pairs: each is paired with itself, as DUSt3R is evaluated on NYU-v2.
+
+    Published code averages the two orders of the pair; of a picture and itself they are one, so it is decoded once.
+
+    Args:
+        decode: two grids of tokens -> the two views' predictions, with ``pts3d`` (B, H, W, 3).
+        tokens: (B, h, w, C).
+        size: (height, width) of the true depth; the prediction is resized to it by a bicubic filter.
+
+    Returns:
+        (B, height, width) z of view 1's points.
+    """
+    depth = decode(tokens, tokens)[0]["pts3d"][..., 2]
+    return F.interpolate(depth[:, None], size, mode="bicubic", align_corners=False)[:, 0]
 
 
 def valid_depth(true: Tensor, max_depth: float | None = None) -> Tensor:

@@ -1,4 +1,7 @@
-"""VSI-Bench: ``test.jsonl`` or ``test*.parquet``, and videos ``<dataset>/<scene_name>.mp4``."""
+"""VSI-Bench: ``test.jsonl`` or ``test-*.parquet``, and videos ``<dataset>/<scene_name>.mp4``.
+
+Its other tables (pruned, debiased) are read when the root is that file; videos are then looked for beside it.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ from services.errors import DataError
 class VsiBench(Questions):
     """Questions about videos of rooms."""
 
-    layout: ClassVar[str] = "test.jsonl or test*.parquet, with arkitscenes/, scannet/ and scannetpp/ of videos"
+    layout: ClassVar[str] = "test.jsonl or test-*.parquet, with arkitscenes/, scannet/ and scannetpp/ of videos"
 
     @cached_property
     def _records(self) -> list[tuple[Row, str]]:
         found: list[tuple[Row, str]] = []
-        for path in self.settings.files("test*.jsonl", "**/test*.parquet", "*.parquet"):
+        for path in self.settings.files("test.jsonl", "test.parquet", "**/test-*.parquet"):
             if path.suffix == ".parquet":
                 table = PictureTable(path)
                 self.shared.files.append(path)

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from sklearn.linear_model import LinearRegression
 
 from models.metrics.alignment import ALIGNMENTS
-from models.metrics.depth import VIDEO_ALIGNMENT, DepthMetrics, VideoDepthMetrics, frame_scores
+from models.metrics.depth import VIDEO_ALIGNMENT, DepthMetrics, VideoDepthMetrics, frame_scores, self_pair_depth
 
 
 def depths(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,3 +155,14 @@ def test_frames_for_themselves() -> None:
     assert holes["abs_rel"][0] == 0
     assert holes["abs_rel"].isnan().tolist() == [False, True, True]
     assert frame_scores(predicted * 7, true, align=True)["abs_rel"][1] == 0
+
+
+def test_a_picture_paired_with_itself() -> None:
+    def decode(first: torch.Tensor, second: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        assert first is second
+        return [{"pts3d": first[..., :3]}, {"pts3d": first[..., :3] * 9}]
+
+    tokens = torch.ones(2, 4, 6, 5) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    depth = self_pair_depth(decode, tokens, (8, 12))
+    assert depth.shape == (2, 8, 12)
+    torch.testing.assert_close(depth, torch.full_like(depth, 3.0))
