@@ -48,7 +48,7 @@ class Links(Protocol):
     def vote(self, step: int, finite: bool, directive: Directive | None = None) -> Verdict: ...  # noqa: D102
     def send(self, micro: Micro, tensors: Mapping[str, Tensor], *, gradients: bool = True) -> None: ...  # noqa: D102
     def receive(self, micro: Micro, *, gradients: bool = True) -> dict[str, Tensor]: ...  # noqa: D102
-    def answer(self, micro: Micro, received: Mapping[str, Tensor]) -> None: ...  # noqa: D102
+    def answer(self, micro: Micro, received: Mapping[str, Tensor], *, scale: float = 1.0) -> None: ...  # noqa: D102
     def gradients(self, micro: Micro) -> list[Edge]: ...  # noqa: D102
     def done(self, micro: Micro) -> None: ...  # noqa: D102
     def close(self, error: BaseException | None = None) -> None: ...  # noqa: D102
@@ -92,7 +92,7 @@ class Alone:
         """Nothing."""
         return {}
 
-    def answer(self, micro: Micro, received: Mapping[str, Tensor]) -> None:
+    def answer(self, micro: Micro, received: Mapping[str, Tensor], *, scale: float = 1.0) -> None:
         """Nobody asked."""
 
     def gradients(self, micro: Micro) -> list[Edge]:  # noqa: ARG002
@@ -267,8 +267,12 @@ class Link:
                 received[name] = message.merge(tensors).to(self._device).detach().requires_grad_(name in wanted)
         return received
 
-    def answer(self, micro: Micro, received: Mapping[str, Tensor]) -> None:
-        """Send back the gradients of what :meth:`receive` gave: zeros where none arose; does not wait."""
+    def answer(self, micro: Micro, received: Mapping[str, Tensor], *, scale: float = 1.0) -> None:
+        """Send back the gradients of what :meth:`receive` gave, times ``scale``, zeros where none arose.
+
+        What crosses is the gradient of the step's global loss; a backend that scales its loss is undone here. Does
+        not wait.
+        """
         for edge, route, header in self._came.pop(micro.index, []):
             begin, end = self._local(route, micro)
             tensors = _with_gradient(header.tensors)
@@ -276,7 +280,7 @@ class Link:
             for tensor in tensors:
                 leaf = received[tensor.name]
                 gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                piece = gradient[begin:end]
+                piece = gradient[begin:end] if scale == 1.0 else gradient[begin:end] * scale
                 # Ranks that pad to a longer neighbour cut that off again.
                 piece = piece[(slice(None), *(slice(size) for size in tensor.shape))]
                 parts.append(message.to_bytes(piece, _axes(edge, tensor.name), tensor.lengths or None))

@@ -155,6 +155,11 @@ class Checkpoints:
                 return found
         raise ResumeError(f"{self.folder} has no checkpoint of step {step}; it has {self.steps()}")
 
+    def problem(self, step: int) -> str:
+        """Why the checkpoint of ``step`` cannot be read, whatever run it belongs to; "" if it can."""
+        found = next((found for found in self._candidates() if found.step == step), None)
+        return _problem(found) if found is not None else f"{self.folder} has no readable checkpoint of step {step}"
+
     def best(self) -> Found | None:
         """The newest valid checkpoint that was the best of its run when it was saved; the newest if none was."""
         for found in self._candidates():

@@ -239,7 +239,7 @@ class TrainLoop:
             edges = self.link.gradients(micro)
         with events.span("backward", step=micro.step, micro=micro.index):
             self.backend.backward(self._loss(passed.output.sums, counts), edges)
-        self.link.answer(micro, passed.received)
+        self.link.answer(micro, passed.received, scale=1.0 / self.backend.loss_scale)
         self.link.done(micro)
 
     def _parts(self, loaded: LoadedStep) -> Iterator[tuple[Micro, dict[str, Any]]]:

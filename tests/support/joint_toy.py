@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import multiprocessing
+import os
 import queue
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from actors.bridge.local import LocalTransport, run_roles
 from actors.bridge.rendezvous import Rendezvous, connect
 from actors.trainers.backends.ddp import DdpBackend
 from actors.trainers.backends.single import SingleBackend
+from actors.trainers.checkpoint import Checkpoints, Identity, resume
+from actors.trainers.joint import JointCheckpoints
 from actors.trainers.loop import Hooks, TrainLoop
 from configs.schema import BridgeConfig, RunConfig, TrainerConfig
 from models.spec import EdgeSpec, EdgeTensor, RoleSpec, StepOutput, TensorSpec
@@ -196,6 +201,35 @@ def train(case: Case, role: str, link: Any, backend: Any) -> Outcome:
         terms.append(loop.train_step(loaded))
     weights = {name: value.detach().clone() for name, value in loop.module.state_dict().items()}
     return Outcome(terms=terms, weights=weights, skipped=loop.state.skipped, broken=broken)
+
+
+def train_saving(case: Case, role: str, link: Any, backend: Any, *, folder: Path, die_at: int = -1) -> Outcome:
+    """Run a role with joint checkpoints in ``folder``, from the newest; the painter of generation 1 dies at a step."""
+    own = Checkpoints(folder / role, Identity(settings={"lr": 0.02}, plan="toy"), keep=2)
+    joint = JointCheckpoints(folder, own, link, keep=2)
+    terms: list[dict[str, float]] = []
+    loop = make_loop(case, role, link, backend)
+    loop.hooks.save = lambda _, best: joint.save(loop, best=best)
+    if case.steps < loop.config.steps:  # stopped by the coordinating rank before its end
+        loop.hooks.directive = lambda: "stop" if loop.state.step == case.steps - 1 else "continue"
+    found = joint.newest()
+    if found is not None:
+        resume(loop, found)
+
+    def steps() -> Iterator[Step]:
+        for step in range(loop.state.step, case.steps):
+            if step == die_at and role == PAINTER and link.generation == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield joint_step(step, case.kinds)
+
+    def note(_: int, split: str, numbers: Mapping[str, float]) -> None:
+        if split == "train":
+            terms.append({key: value for key, value in numbers.items() if key.startswith("loss")})
+
+    loop.hooks.metrics = note
+    loop.run(steps())  # type: ignore[arg-type]  # the toy's steps are as the loader's
+    weights = {name: value.detach().clone() for name, value in loop.module.state_dict().items()}
+    return Outcome(terms=terms, weights=weights, log=[str(found.step if found else 0)])
 
 
 def inline(case: Case, work: Callable[..., Any] = train) -> dict[str, Any]:

@@ -24,6 +24,9 @@ class Backend(Protocol):
     sharded: bool
     """Whether a forward or backward pass talks to the other ranks, so that none can make one alone."""
 
+    loss_scale: float
+    """What :meth:`backward` multiplies the loss by: gradients of tensors that came on an edge are as much too large."""
+
     def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
         """Place and spread the module, give every rank the weights of rank 0, make the optimiser.
 

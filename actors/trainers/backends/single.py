@@ -21,6 +21,7 @@ class SingleBackend:
     rank = 0
     world_size = 1
     sharded = False
+    loss_scale = 1.0
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

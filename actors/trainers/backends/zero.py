@@ -48,6 +48,7 @@ class ZeroBackend(DdpBackend):
     ) -> None:
         super().__init__(device)
         self.stage = stage
+        self.loss_scale = float(self.world_size)
         self._persistence_threshold = persistence_threshold
         self._backwards = 0
 
@@ -74,7 +75,8 @@ class ZeroBackend(DdpBackend):
         return self._module
 
     def _settings(self, config: TrainerConfig) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.device.type != "cpu"}
+        # Gradients are read between the last backward and the step, where an overlapped reduction may still run.
+        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False}
         if self.stage == 3:
             zero |= {
                 "stage3_param_persistence_threshold": self._persistence_threshold,
@@ -112,7 +114,7 @@ class ZeroBackend(DdpBackend):
             return
         self._zero.clear_backward_seen_flag()
         self._engine._backward_prologue()
-        self._engine.backward(scalar * self.world_size, scale_wrt_gas=False)
+        self._engine.backward(scalar * self.loss_scale, scale_wrt_gas=False)
         self._backwards += 1
 
     def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
