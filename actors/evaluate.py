@@ -48,6 +48,7 @@ def evaluate(feed: Feed, folder: Path, *, split: Split | str = Split.TEST, devic
     split = Split(split)
     recipe = open_recipe(feed.config)
     trained, step = load_trained(recipe, feed, folder)
+    recipe.complete(trained, feed)
     save_parts(recipe, trained, folder, step)
     for built in trained.values():
         built.module.to(device)

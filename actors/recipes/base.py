@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from configs import ConfigError
 from configs.schema import RunConfig
 from configs.validate import ROLES
 from models.registry import spec
-from models.spec import EdgeSpec, RoleSpec
+from models.spec import EdgeSpec, RoleSpec, TensorSpec
 from services.contracts import PlanSample, Split
 
 if TYPE_CHECKING:
@@ -48,6 +48,23 @@ class Part:
     model: str
     """Name in the registry that builds the part alone."""
     settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a model's settings follow from beside the config: shapes of features, classes of the data. No sample."""
+
+    outputs: Callable[[str], Mapping[str, TensorSpec]]
+    """Encoder (key under ``encoders``) -> shapes and dtypes of its records."""
+    classes: int = 0
+    """Semantic classes of the data."""
+    assume: bool = False
+    """Before weights and tokenizers are there: what follows from them is what the model's size is meant for."""
+
+    @classmethod
+    def of(cls, feed: Feed) -> Facts:
+        """Those of a run whose data are open."""
+        return cls(outputs=feed.client.outputs, classes=len(feed.targets.classes))
 
 
 class Tally(Protocol):
@@ -139,13 +156,20 @@ class Recipe(ABC):
             )
         return {term: self.config.recipe.losses.get(term, 1.0) for term in self.terms(role)}
 
+    def describe(self, role: str, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
+        """Settings from which :meth:`rebuild` makes the module of ``role``, before anything was read or trained."""
+        return {**spec(self.config.model.name).defaults, **self.config.model.overrides}
+
     @abstractmethod
     def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:
         """The module of ``role`` for this run's data, with weights that depend on the seed and ``model.init`` alone."""
 
     @abstractmethod
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:
-        """The module that :meth:`build` made, from its settings; trained weights are loaded by the caller."""
+        """The module as it was before training, from its settings and ``model.init``.
+
+        The caller loads what was trained; a checkpoint does not hold what stayed frozen.
+        """
 
     def tally(self, role: str, feed: Feed) -> Tally:  # noqa: ARG002
         """What validation computes for ``role``; by default its loss terms."""
@@ -154,6 +178,9 @@ class Recipe(ABC):
     def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: ARG002
         """Parts of a trained role that are saved for other runs, by name."""
         return {}
+
+    def complete(self, trained: Mapping[str, Built], feed: Feed) -> None:  # noqa: B027
+        """Measure what trained modules carry beside their weights, before they are saved and judged."""
 
     @abstractmethod
     def evaluate(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actors.recipes.base import Built, Recipe, kept_rows, seeded
+from actors.recipes.base import Built, Facts, Recipe, kept_rows, seeded
 from configs import ConfigError
 from configs.schema import RunConfig
 from models.metrics.depth import DepthMetrics
@@ -38,6 +38,20 @@ class ProbeRecipe(Recipe):
     def terms(self, role: str) -> tuple[str, ...]:  # noqa: ARG002, D102
         return TERMS
 
+    def describe(self, role: str, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
+        """Arguments of the model's builder that follow from features and data, under the config's own."""
+        outputs = facts.outputs(self.config.recipe.features)
+        layers, _, _, channels = outputs["tokens"].shape
+        summaries, summary_channels = outputs["summary"].shape
+        return {
+            "channels": channels,
+            "layers": layers,
+            "summaries": summaries,
+            "summary_channels": summary_channels,
+            "classes": max(1, facts.classes),
+            **self.config.model.overrides,
+        }
+
     def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:
         """The heads for this run's features and classes, standardisation measured on the plan's first samples.
 
@@ -47,7 +61,7 @@ class ProbeRecipe(Recipe):
         steps = max(1, min(plan.steps_per_epoch, CALIBRATION_SAMPLES // per_step))
         with closing(feed.load(plan, stop=steps)) as loader:
             batches = [_kept(micro.batch) for step in loader for micro in step.micro_batches]
-        built = self.rebuild(role, model_settings(self.config, batches[0], len(feed.targets.classes)))
+        built = self.rebuild(role, self.describe(role, Facts.of(feed)))
         assert isinstance(built.module, Probe), "rebuild makes a probe"
         calibrate(built.module, batches)
         return built
@@ -70,19 +84,6 @@ class ProbeRecipe(Recipe):
 def _kept(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch of its own memory: the loader uses its buffers again."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def model_settings(config: RunConfig, batch: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """Arguments of the model's builder that follow from a batch of features and the data, under the config's own."""
-    tokens, summary = batch["tokens"], batch["summary"]
-    return {
-        "channels": tokens.shape[-1],
-        "layers": tokens.shape[1],
-        "summaries": summary.shape[1],
-        "summary_channels": summary.shape[2],
-        "classes": max(1, classes),
-        **config.model.overrides,
-    }
 
 
 def build_probe(name: str, settings: Mapping[str, Any], seed: int) -> tuple[Probe, RoleSpec]:

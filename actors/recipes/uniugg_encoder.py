@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actors.recipes.base import Built, Part, Recipe, seeded
+from actors.recipes.base import Built, Facts, Part, Recipe, seeded
 from configs import ConfigError
 from configs.schema import RunConfig
 from models.checkpoints import load_reference
@@ -58,6 +58,12 @@ class EncoderRecipe(Recipe):
     def terms(self, role: str) -> tuple[str, ...]:  # noqa: ARG002, D102
         return ("confidence", "matching", "rgb", "semantic_tokens", "semantic_summary")
 
+    def describe(self, role: str, facts: Facts) -> dict[str, Any]:
+        """The size's settings. ConfigError when the student's tokens could not be compared with the teacher's."""
+        settings = super().describe(role, facts)
+        self._check_teacher(facts, settings)
+        return settings
+
     def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
         """A student with the teacher's channels, at random or from ``model.init``.
 
@@ -65,13 +71,12 @@ class EncoderRecipe(Recipe):
         """
         settings = {**spec(self.config.model.name).defaults, **self.config.model.overrides}
         self._check_teacher(feed, settings)
-        built = self.rebuild(role, settings)
-        self._initialise(built.module)
-        return built
+        return self.rebuild(role, settings)
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: D102
         with seeded(self.config.seed):
             module = build(self.config.model.name, **settings)
+        self._initialise(module)
         found = (
             spec(self.config.model.name)
             .role(role)
@@ -106,8 +111,8 @@ class EncoderRecipe(Recipe):
         """Registry name of a part of the size of this model."""
         return f"uniugg-{what}-{self.config.model.name.rpartition('-')[2]}"
 
-    def _check_teacher(self, feed: Feed, settings: Mapping[str, Any]) -> None:
-        outputs, teacher = feed.client.outputs("teacher"), self.config.encoders["teacher"]
+    def _check_teacher(self, facts: Facts, settings: Mapping[str, Any]) -> None:
+        outputs, teacher = facts.outputs("teacher"), self.config.encoders["teacher"]
         _, rows, columns, channels = outputs["tokens"].shape
         patch, summaries = settings["patch"], outputs["summary"].shape[0]
         wrong = {

@@ -18,6 +18,7 @@ from models.metrics.images import psnr
 from models.metrics.matching import MatchingMetrics
 from models.metrics.means import Means
 from models.metrics.pointmap import PointmapMetrics, plane_points, token_cosine
+from models.uniugg.latent import LatentModel, pair_tokens
 from models.uniugg.losses_points import pair_targets
 from models.uniugg.pretraining import PAIR
 from services.contracts import Split
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from actors.trainers.feed import Feed
 
 EXAMPLES = 4
+ORIGINALS, NOT_FINETUNED = "originals, first decoder", "reconstructions, first decoder"
+MEAN_ORIGINAL = "mean token"
 PLANE, UNTRAINED, CHANCE, MEAN_COLOUR = "mean-depth plane", "untrained network", "chance", "mean colour"
 
 Views = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -165,6 +168,60 @@ def judge_encoder(
     metrics["tokens/cosine"] = row(
         cosine["trained"].compute()["cosine"], cosine[UNTRAINED].compute()["cosine"], UNTRAINED, "higher"
     )
+    return {"samples": samples, "metrics": metrics}
+
+
+def judge_latents(
+    recipe: Recipe, built: Built, feed: Feed, folder: Path, *, split: Split, device: str
+) -> dict[str, Any]:
+    """P2 on ``split``: reconstructions (of the posterior's mean) read by the trained decoder.
+
+    Beside them: originals and reconstructions read by the decoder that the run began with (the first phase's), and a
+    token that is the mean of all tokens.
+    """
+    module = built.module
+    assert isinstance(module, LatentModel), "the recipe makes this model"
+    first = recipe.rebuild(built.spec.name, built.settings).module
+    assert isinstance(first, LatentModel), "the recipe makes this model"
+    first.eval().to(device)
+    scores = {name: PairScores() for name in ("trained", ORIGINALS, NOT_FINETUNED)}
+    cosine, album, samples = Means(), Album(folder), 0
+    for batch, _ in _limited(feed, split):
+        kept = to_kept(batch, device)
+        tokens = pair_tokens(kept).float()
+        with torch.no_grad():
+            rebuilt = module.vae.decode(module.vae.encode(tokens.flatten(0, 1)).mean).unflatten(0, (-1, 2))
+            views = module.spatial_decoder(*rebuilt.unbind(1))
+            scores["trained"].update(views, kept)
+            scores[ORIGINALS].update(first.spatial_decoder(*tokens.unbind(1)), kept)
+            scores[NOT_FINETUNED].update(first.spatial_decoder(*rebuilt.unbind(1)), kept)
+        cosine.update(
+            {
+                "trained": token_cosine(rebuilt, tokens),
+                "baseline": token_cosine(module.vae.token_mean.expand_as(tokens), tokens),
+            }
+        )
+        if samples < EXAMPLES:
+            draw_pairs(album, kept, views, EXAMPLES - samples)
+        samples += len(kept["weight"])
+    _require(samples, split)
+    album.save()
+    found, cosines = {name: score.compute() for name, score in scores.items()}, cosine.compute()
+    metrics = {"tokens/cosine": row(cosines["trained"], cosines["baseline"], MEAN_ORIGINAL, "higher")}
+    for name, key, better in (
+        ("points/view1_error", "view1/error", "lower"),
+        ("points/view2_error", "view2/error", "lower"),
+        ("depth/abs_rel", "depth/abs_rel", "lower"),
+        ("rgb/psnr", "psnr", "higher"),
+    ):
+        if key in found["trained"]:
+            metrics[name] = row(
+                found["trained"][key],
+                found[NOT_FINETUNED][key],
+                NOT_FINETUNED,
+                better,
+                **{ORIGINALS: found[ORIGINALS][key]},
+            )
     return {"samples": samples, "metrics": metrics}
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actors.recipes.base import Built, Part, Recipe, seeded
+from actors.recipes.base import Built, Facts, Part, Recipe, seeded
 from configs import ConfigError
 from models.pretrained import describe_pretrained, load_part, read_pretrained
+from models.errors import ModelError
 from models.registry import build, spec
 from models.spec import RoleSpec
 from models.uniugg.objectives import DiffusionObjective, DirectObjective, LanguageObjective
@@ -45,17 +46,22 @@ class UnifiedRecipe(Recipe):
         """Whether the LLM regresses target tokens itself."""
         return self.config.recipe.name == "uniugg_direct"
 
+    def describe(self, role: str, facts: Facts) -> dict[str, Any]:
+        """The part of the registry that ``role`` is, and its settings for the run's tokenizer, encoder and latents."""
+        self._check_init()
+        name, settings = part_settings(self.config.model.name, self._overrides(role, facts))[role]
+        return {"model": name, "settings": settings}
+
     def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
         """The role's module for the run's tokenizer, encoder and latents; weights by the seed and ``model.init``."""
         self._check_init()
         name, settings = part_settings(self.config.model.name, self._overrides(role, feed))[role]
-        built = self.rebuild(role, {"model": name, "settings": settings})
-        self._initialise(role, built.module)
-        return built
+        return self.rebuild(role, {"model": name, "settings": settings})
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: D102
         with seeded(self.config.seed):
             module = build(settings["model"], **settings["settings"])
+        self._initialise(role, module)
         return Built(module=module, spec=self._bound(role), settings=settings)
 
     def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: D102
@@ -90,8 +96,19 @@ class UnifiedRecipe(Recipe):
             objective = LanguageObjective(translation_scale=uniugg.translation_scale)
         return found.bind(objective=objective)
 
-    def _overrides(self, role: str, feed: Feed) -> dict[str, Any]:
+    def _overrides(self, role: str, facts: Facts) -> dict[str, Any]:
         """Settings of the model that follow from the run's tokenizer, encoders and weights, under the config's own."""
+        given: dict[str, Any] = {}
+        for learn in (self._tokens, self._latents if role == DIFFUSION else self._grid):
+            try:
+                given |= learn(facts)
+            except (ModelError, WeightsError):
+                if not facts.assume:
+                    raise
+        return {**given, **self.config.model.overrides}
+
+    def _tokens(self, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
+        """Placeholders and size of the vocabulary by the run's tokenizer, and the language model of its weights."""
         from models.text.tokenizer import IMAGE, RAYMAP, check_fits, load_tokenizer, token_id
 
         tokenizer = load_tokenizer(self.config.data.text.tokenizer)
@@ -107,15 +124,17 @@ class UnifiedRecipe(Recipe):
             language = language_settings(self.config.model.init["language"])
             given["vocab_size"] = max(int(language.pop("vocab_size")), len(tokenizer))
             given["llm"] = {"language": language}
-        if role == LLM:
-            _, rows, _, channels = (int(axis or 0) for axis in feed.client.outputs("vit")["tokens"].shape)
-            given |= {"channels": channels, "patch": self.config.encoders["vit"].height // rows}
-        else:
-            given |= _latents(self.config.encoders["vae"].weights)
-            given |= self._language_width()
-        found = {**given, **self.config.model.overrides}
-        check_fits(tokenizer, found["vocab_size"])
-        return found
+        check_fits(tokenizer, {**given, **self.config.model.overrides}["vocab_size"])
+        return given
+
+    def _grid(self, facts: Facts) -> dict[str, Any]:
+        """Channels and patch of the tokens that the LLM reads."""
+        _, rows, _, channels = (int(axis or 0) for axis in facts.outputs("vit")["tokens"].shape)
+        return {"channels": channels, "patch": self.config.encoders["vit"].height // rows}
+
+    def _latents(self, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
+        """Latents as the VAE left them, and the width of the language model that conditions the diffusion."""
+        return {**_latents(self.config.encoders["vae"].weights), **self._language_width()}
 
     def _language_width(self) -> dict[str, Any]:
         """The language model of the part that the LLM starts from: the diffusion is made for its width."""
