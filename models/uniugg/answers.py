@@ -1,11 +1,13 @@
 """Answers of the language model: several questions about the same views in one batch, the views read once.
 
 What all questions begin with (system message, views) goes through the model once; its keys and values are shared.
-What is left of each is padded on the right, then tokens are added greedily, each question at its own position.
+What is left of each is padded on the right, then tokens are added greedily, each question at its own position. Many
+questions are answered some at a time, from copies of the shared keys and values.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ def generate_text(
     *,
     max_new_tokens: int,
     stop: Collection[int],
+    batch_size: int = 0,
 ) -> list[list[int]]:
     """Greedy answers to questions about the same views.
 
@@ -42,6 +45,7 @@ def generate_text(
         tokens: (V, h, w, C) patch tokens of the views, in the order of the placeholders; None without views.
         max_new_tokens: longest answer.
         stop: tokens that end an answer; they are not part of it.
+        batch_size: questions at once, each of which holds keys and values of its own; 0 takes all.
     """
     from transformers import DynamicCache
 
@@ -49,25 +53,41 @@ def generate_text(
         return []
     device = next(llm.parameters()).device
     common = shared_prefix(questions)
-    rows, lengths = _padded(questions, device)
-    embeds = _embed(llm, rows, tokens, common, questions)
     cache: Any = DynamicCache(config=llm.language.config)
-    mask = torch.ones(len(rows), common, dtype=torch.long, device=device)
+    size = batch_size or len(questions)
+    answers: list[list[int]] = []
+    for start in range(0, len(questions), size):
+        part = questions[start : start + size]
+        rows, lengths = _padded(part, device)
+        shared, rest = _embed(llm, rows, tokens, common, part)
+        if common and not start:
+            llm.language.base_model(inputs_embeds=shared, past_key_values=cache, use_cache=True)
+        last, mask, grown = _read(llm, rest, lengths, common, copy.deepcopy(cache))
+        answers += _decode(llm, last, mask, lengths, grown, max_new_tokens, frozenset(stop))
+    return answers
+
+
+def _read(llm: UniuggLLM, rest: Tensor, lengths: Tensor, common: int, cache: Any) -> tuple[Tensor, Tensor, Any]:
+    """What follows the shared beginning (B, L - common, width) goes through the model.
+
+    Returns the states (B, width) that predict the first token of each answer, which positions are there (B, L), and
+    the keys and values of all of them.
+    """
+    number, width = rest.shape[:2]
     if common:
-        llm.language.base_model(inputs_embeds=embeds[0], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(rows))
-    left = lengths - common
-    span = torch.arange(rows.shape[1] - common, device=device)
-    mask = torch.cat([mask, (span < left[:, None]).long()], dim=1)
+        cache.batch_repeat_interleave(number)
+    left, span = lengths - common, torch.arange(width, device=rest.device)
+    mask = torch.cat(
+        [torch.ones(number, common, dtype=torch.long, device=rest.device), (span < left[:, None]).long()], 1
+    )
     states = llm.language.base_model(
-        inputs_embeds=embeds[1],
+        inputs_embeds=rest,
         attention_mask=mask,
-        position_ids=(common + span).expand(len(rows), -1),
+        position_ids=(common + span).expand(number, -1),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    last = states[torch.arange(len(rows), device=device), left - 1]
-    return _decode(llm, last, mask, lengths, cache, max_new_tokens, frozenset(stop))
+    return states[torch.arange(number, device=rest.device), left - 1], mask, cache
 
 
 def _decode(

@@ -7,7 +7,7 @@ The trained parts come as modules or from the folders that runs wrote; everythin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class Pipeline:
         prompt: token ids of a generation sample, with placeholders for one view and its queries.
         size: height and width of the pictures, multiples of the patch.
         translation_scale: as the LLM was trained: metres | depth.
+        imagines: views will be imagined; without, the encoder and the LLM are enough to be asked about pictures.
     """
 
     def __init__(
@@ -84,18 +85,18 @@ class Pipeline:
         prompt: Sequence[int],
         size: tuple[int, int],
         translation_scale: str = "metres",
+        imagines: bool = True,
     ) -> None:
         for name, kind in PARTS.items():
             if name in parts and not isinstance(parts[name], kind):
                 raise WeightsError(f"part {name!r} must be a {kind.__name__}, got a {type(parts[name]).__name__}")
-        missing = [name for name in ("encoder", "spatial_decoder", "llm") if name not in parts]
-        if isinstance(parts.get("llm"), UniuggLLM) and not isinstance(parts["llm"], DirectLLM):
-            missing += [name for name in ("vae", "diffusion") if name not in parts]
+        missing = [name for name in needed(parts.get("llm"), imagines) if name not in parts]
         if missing:
-            raise WeightsError(f"to imagine views, the parts {missing} are missing; train them, or give their folders")
+            wish = "imagine views" if imagines else "answer questions"
+            raise WeightsError(f"to {wish}, the parts {missing} are missing; train them, or give their folders")
         modules: dict[str, Any] = {name: module.eval() for name, module in parts.items()}
         self.encoder: StudentViT = modules["encoder"]
-        self.spatial_decoder: SpatialDecoder = modules["spatial_decoder"]
+        self.spatial_decoder: SpatialDecoder | None = modules.get("spatial_decoder")
         self.llm: UniuggLLM = modules["llm"]
         self.vae: SpatialVae | None = modules.get("vae")
         self.diffusion: ConditionedUNet | None = modules.get("diffusion")
@@ -209,6 +210,7 @@ class Pipeline:
             eta: see there.
         """
         tokens = tokens.float()
+        self._spatial_decoder()  # said before the work, not after it
         out = self.llm(self._batch(tokens, K, pose), translation_scale=self.translation_scale)
         if "tokens" in out:
             imagined = out["tokens"]
@@ -223,7 +225,7 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, reference: Tensor, target: Tensor, K: Tensor, pose: Tensor) -> Imagined:
         """Tokens (B, h, w, C) of both views -> maps; ``pose`` (B, 4, 4) target camera -> reference camera."""
-        first, second = self.spatial_decoder(reference, target)
+        first, second = self._spatial_decoder()(reference, target)
         if "rgb" not in first:
             raise WeightsError("the spatial decoder has no colour head (rgb_hidden=0); train one with colours")
         camera = transform(second["pts3d"], inverse(pose.float()))
@@ -255,8 +257,13 @@ class Pipeline:
         }
         if self.translation_scale == "depth":
             # Of a picture alone: the reference read out as a pair with itself.
-            batch["depth"] = self.spatial_decoder(tokens, tokens)[0]["pts3d"][:, None, ..., 2]
+            batch["depth"] = self._spatial_decoder()(tokens, tokens)[0]["pts3d"][:, None, ..., 2]
         return batch
+
+    def _spatial_decoder(self) -> SpatialDecoder:
+        if self.spatial_decoder is None:
+            raise WeightsError("this pipeline was opened without a spatial decoder, to be asked; it imagines no views")
+        return self.spatial_decoder
 
     # -- using what was imagined -----------------------------------------------------------------------------
 
@@ -298,10 +305,21 @@ class Pipeline:
         tokens: Tensor | None,
         *,
         max_new_tokens: int,
-        stop: Sequence[int],
+        stop: Collection[int],
+        batch_size: int = 0,
     ) -> list[list[int]]:
         """Greedy answers (token ids) to questions (token ids) about views (V, h, w, C), seen or imagined."""
-        return generate_text(self.llm, questions, tokens, max_new_tokens=max_new_tokens, stop=stop)
+        return generate_text(
+            self.llm, questions, tokens, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size
+        )
+
+
+def needed(llm: nn.Module | None, imagines: bool) -> tuple[str, ...]:
+    """Names of the parts that a pipeline must have with this LLM; the direct variant regresses tokens by itself."""
+    if not imagines:
+        return ("encoder", "llm")
+    decoding = ("encoder", "spatial_decoder", "llm")
+    return decoding if llm is None or isinstance(llm, DirectLLM) else (*decoding, "vae", "diffusion")
 
 
 def _join(parts: Sequence[Imagined]) -> Imagined:

@@ -72,6 +72,19 @@ def test_the_views_are_read_once(llm: UniuggLLM):
     assert lengths == [(1, len(BEGINNING)), (3, 5), (3, 1), (3, 1)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_some_at_a_time_are_answered_alike_and_the_views_still_read_once(llm: UniuggLLM, size: int):
+    want = generate_text(llm, QUESTIONS, VIEWS, max_new_tokens=5, stop=[])
+    lengths: list[int] = []
+    handle = llm.language.base_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    found = generate_text(llm, QUESTIONS, VIEWS, max_new_tokens=5, stop=[], batch_size=size)
+    handle.remove()
+    assert found == want
+    assert lengths.count(len(BEGINNING)) == 1
+
+
 @pytest.mark.parametrize(
     "questions",
     [

@@ -132,6 +132,18 @@ def test_the_direct_variant_needs_neither_vae_nor_diffusion(parts: dict[str, Any
         Pipeline(parts, prompt=PROMPT, size=(30, 48))
 
 
+def test_encoder_and_llm_are_enough_to_be_asked(parts: dict[str, Any]):
+    two = {part: parts[part] for part in ("encoder", "llm")}
+    asked = Pipeline(two, prompt=PROMPT, size=SIZE, imagines=False)
+    cut, _ = asked.cut(PICTURE, K)
+    (answer,) = asked.generate_text([[5, *[IMAGE] * 6, 9]], asked.see(cut[None]), max_new_tokens=2, stop=[])
+    assert len(answer) == 2
+    with pytest.raises(WeightsError, match="opened without a spatial decoder"):
+        asked.imagine(PICTURE, K, poses(1), **SETTINGS)
+    with pytest.raises(WeightsError, match=r"to answer questions, the parts \['encoder'\] are missing"):
+        Pipeline({"llm": parts["llm"]}, prompt=PROMPT, size=SIZE, imagines=False)
+
+
 def test_depth_scale_comes_from_the_reference_alone(parts: dict[str, Any]):
     scaled = Pipeline(parts, prompt=PROMPT, size=SIZE, translation_scale="depth")
     batch = scaled._batch(torch.randn(1, 2, 3, 96), K[None], poses(1))
