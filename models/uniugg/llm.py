@@ -149,7 +149,7 @@ class UniuggLLM(nn.Module):
         mask = batch["input_ids"] == self.ray_token_id
         height, width = target_grid(batch)
         out = hidden.new_zeros(len(hidden), height * width, hidden.shape[-1])
-        return out.masked_scatter(mask.any(1)[:, None, None], hidden[mask])
+        return out.masked_scatter(mask.any(1)[:, None, None], hidden[mask]).float()
 
 
 def predicted(batch: Batch) -> Tensor:
