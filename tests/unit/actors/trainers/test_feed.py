@@ -110,3 +110,43 @@ def test_kinds_and_encoders_that_do_not_fit_the_recipe(folder: Path) -> None:
         first_step(
             config_of(folder, "uniugg_vae", *RANDOM, "recipe.quotas={pair: 1, item: 1}", "trainer.accumulation=2")
         )
+
+
+def test_both_roles_of_the_joint_stage_read_the_same_samples(folder: Path) -> None:
+    config = config_of(
+        folder, "uniugg_joint", *RANDOM, "encoders.vae.weights=random", "encoders.reconstruction.weights=random"
+    )
+    llm, feed = first_step(config, "llm")
+    diffusion, _ = first_step(config, "diffusion")
+    told = {micro.kind: micro for micro in llm.micro_batches}
+    (drawn,) = diffusion.micro_batches
+    assert set(told) == {"generation", "conversation"}
+    batch = told["generation"].batch
+    assert (drawn.kind, drawn.index) == ("generation", told["generation"].index)
+    assert drawn.batch["id"] == batch["id"]
+    assert torch.equal(drawn.batch["draw"], batch["draw"])
+    samples, (height, width) = config.trainer.micro_batch, batch["tokens"].shape[2:4]
+    assert drawn.batch["mean"].shape == drawn.batch["logvar"].shape
+    assert drawn.batch["mean"].shape[2:] == (2 * height, 2 * width)
+    assert batch["K"].shape == (samples, 2, 3, 3)
+    assert batch["input_ids"].shape[0] == samples
+    assert not batch["supervised"].any()
+    answers = told["conversation"].batch
+    images = answers["tokens_lengths"][:, 0]
+    assert answers["tokens"].shape[1] == images.max()
+    assert answers["supervised"].any(1).all()
+    # One placeholder a token of an image, images in order.
+    for ids, count in zip(answers["input_ids"], images, strict=True):
+        assert int((ids == ids[_longest_run(ids)]).sum()) == int(count) * height * width
+    assert FeatureKeys(config, "diffusion")(feed.plan(Split.TRAIN).step(0)).keys() == set(drawn.batch["id"])
+
+
+def _longest_run(ids: torch.Tensor) -> int:
+    """A place within the longest run of equal tokens that is no padding."""
+    best, length, begin = 0, 0, 0
+    for place in range(1, len(ids) + 1):
+        if place == len(ids) or ids[place] != ids[begin]:
+            if ids[begin] != 0 and place - begin > length:
+                best, length = begin, place - begin
+            begin = place
+    return best
