@@ -1,4 +1,4 @@
-"""Pictures that a recipe leaves for the report: PNG files in ``<run>/pictures`` and their titles in pictures.json."""
+"""What a recipe leaves for the report: pictures (``<run>/pictures``, pictures.json) and tables (tables.json)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-FOLDER, LIST = "pictures", "pictures.json"
+FOLDER, LIST, TABLES = "pictures", "pictures.json", "tables.json"
 _SMALLEST = 480
 """Pictures narrower than this are enlarged by whole pixels, so that a browser does not blur them."""
 
 
 class Album:
-    """Collects pictures in order; :meth:`save` replaces what an earlier evaluation left."""
+    """Collects pictures and tables in order; :meth:`save` replaces what an earlier evaluation left."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._entries: list[tuple[np.ndarray, str, str]] = []
+        self._tables: list[dict[str, Any]] = []
 
     def add(self, picture: np.ndarray, title: str, caption: str) -> None:
         """A picture, uint8 (H, W, 3)."""
         self._entries.append((picture, title, caption))
+
+    def table(self, title: str, note: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table; a number is shown with four digits."""
+        self._tables.append({"title": title, "note": note, "columns": list(columns), "rows": [list(r) for r in rows]})
 
     def save(self) -> None:
         """Write the files and their list, the list last."""
@@ -38,9 +44,10 @@ class Album:
             factor = max(1, _SMALLEST // picture.shape[1])
             Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1)).save(below / name)
             listed.append({"file": f"{FOLDER}/{name}", "title": title, "caption": caption})
-        temporary = self.folder / f"{LIST}.tmp"
-        temporary.write_text(json.dumps(listed, indent=1))
-        temporary.replace(self.folder / LIST)
+        for name, content in ((LIST, listed), (TABLES, self._tables)):
+            temporary = self.folder / f"{name}.tmp"
+            temporary.write_text(json.dumps(content, indent=1))
+            temporary.replace(self.folder / name)
 
 
 def hstack(tiles: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:

@@ -57,6 +57,10 @@ class RunData:
     examples: dict[str, np.ndarray] = field(default_factory=dict)
     blind: list[dict[str, Any]] = field(default_factory=list)
     """Rows of ``blind.jsonl``: the best score without images, by source, split and type of question."""
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    """``file`` (relative to the folder), ``title``, ``caption``, as the recipe left them."""
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    """``title``, ``note``, ``columns``, ``rows``."""
     summary: dict[str, Any] = field(default_factory=dict)
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     against: str = ""
@@ -86,6 +90,8 @@ def collect(folder: Path, against: Path | None = None) -> RunData:
         evaluated_on=f"{evaluation.get('samples', 0)} samples of the {evaluation['split']} split" if evaluation else "",
         examples=examples,
         blind=_blind(folder.resolve().parents[1] / "questions"),
+        pictures=_list(folder / "pictures.json"),
+        tables=_list(folder / "tables.json"),
         summary=_json(folder / "summary.json"),
         quarantined=_lines(folder / "quarantine.jsonl"),
         against=against.name if against is not None else "",
@@ -138,6 +144,18 @@ def _json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON ({error}); delete it and run the evaluation again") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__}, an object is expected; delete it and evaluate again")
+    return value
+
+
+def _list(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); delete it and run the evaluation again") from error
+    if not isinstance(value, list):
+        raise DataError(f"{path} holds a {type(value).__name__}, a list is expected; delete it and evaluate again")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -52,6 +53,8 @@ def page_values(run: RunData) -> dict[str, Any]:
         "curve_figures": [(title, Markup(svg)) for title, svg in _curve_figures(run)],  # noqa: S704  our own SVG
         "examples": _examples(run.examples),
         "legend": _legend(run.examples),
+        "pictures": _pictures(run),
+        "tables": run.tables,
         "blind": run.blind,
         "throughput": _throughput(run.curves.get("train", {})),
         "timeline": timeline,
@@ -101,6 +104,18 @@ def _throughput(train: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str
         if values:
             rows.append((label, style.format(values[-1] if name == "hit_rate" else float(np.median(values)))))
     return rows
+
+
+def _pictures(run: RunData) -> list[dict[str, str]]:
+    """The recipe's pictures, inside the page."""
+    shown = []
+    for entry in run.pictures:
+        path = run.folder / entry["file"]
+        if path.exists():
+            kind = "gif" if path.suffix == ".gif" else "png"
+            source = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+            shown.append({"title": entry["title"], "caption": entry["caption"], "source": source})
+    return shown
 
 
 def _class_count(arrays: Mapping[str, np.ndarray]) -> int:
