@@ -231,9 +231,12 @@ class _Moments:
         return self._mean, self._square / self._count
 
 
+_DOC = "UniUGG's Spatial-VAE: tokens <-> latent image. A part; recipe uniugg_vae trains it with the spatial decoder."
+
+
 def _size(name: str, **defaults: object) -> ModelSpec:
     build: Callable[..., nn.Module] = SpatialVae
-    return ModelSpec(name=name, build=build, defaults=defaults, doc="UniUGG's Spatial-VAE: tokens <-> latent image.")
+    return ModelSpec(name=name, build=build, defaults=defaults, doc=_DOC)
 
 
 # channels follow from the encoder of a run; what stands here is the encoder that the size is meant for.
