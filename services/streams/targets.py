@@ -8,7 +8,9 @@ All of them are cut and resized exactly as the encoders' images are.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,9 @@ from services.streams.maps import Maps, open_target_store
 
 IGNORE = -1
 """Label of a pixel without a known class, and scene type of a scene without one."""
+
+
+_COMPUTED = frozenset({"image", "matches"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,8 @@ class Targets:
             "camera": _cameras,
             "matches": self._matches,
         }
+        # Decoding and projecting release the interpreter's lock.
+        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 2), thread_name_prefix="targets")
         self._check()
         wanted = {key for kind in self._inputs.values() if (key := _maps_key(kind)) is not None}
         if store is not None and store.codec != "none" and wanted:
@@ -140,13 +147,16 @@ class Targets:
         pictures, and depth and cameras with them, as ``data.augment`` says.
         """
         keys = [sample.seed for sample in samples] if sample_draws is None else sample_draws
-        answers: list[Record | DataError] = []
-        for sample, draw in zip(samples, keys, strict=True):
+
+        def read(sample: PlanSample, draw: int) -> Record | DataError:
             try:
-                answers.append(self._targets(sample, draw, augment))
+                return self._targets(sample, draw, augment)
             except DataError as error:
-                answers.append(error)
-        return answers
+                return error
+
+        if any(self._computes(sample.kind) for sample in samples):
+            return list(self._threads.map(read, samples, keys))
+        return [read(sample, draw) for sample, draw in zip(samples, keys, strict=True)]
 
     def flush(self) -> None:
         """Commit the maps that were decoded."""
@@ -155,8 +165,13 @@ class Targets:
 
     def close(self) -> None:
         """Commit what was decoded and let go of the store. Safe to call twice."""
+        self._threads.shutdown(wait=True)
         for maps in self.maps.values():
             maps.close()
+
+    def _computes(self, kind: str) -> bool:
+        """Whether targets of ``kind`` take milliseconds: pictures and correspondences, which no store holds."""
+        return kind in self._inputs and not _COMPUTED.isdisjoint(self._inputs[kind].targets)
 
     def _targets(self, sample: PlanSample, draw: int, augment: bool) -> Record:
         declared = self._inputs.get(sample.kind)
