@@ -6,8 +6,7 @@ A case's ``meta`` says what to build. The models are those that the recipes trai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,11 @@ Meta = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How the cases of one published model are built and run."""
+class Kind(NamedTuple):
+    """How the cases of one published model are built and run.
+
+    A tuple, since a dataclass would look for this module by its name: it is loaded by its path.
+    """
 
     build: Callable[[Meta], nn.Module]
     run: Callable[[Any, Meta, Mapping[str, Tensor]], Tensors]
@@ -99,7 +100,7 @@ def _mast3r(meta: Meta) -> nn.Module:
 
 
 def _run_mast3r(model: nn.Module, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
-    view1, view2 = model(inputs["view1/img"], inputs["view2/img"])
+    view1, view2 = _in_true_orientation(model, inputs)
     outputs = {
         f"pred{number}/{'pts3d_in_other_view' if (number, name) == (2, 'pts3d') else name}": tensor
         for number, view in ((1, view1), (2, view2))
@@ -107,6 +108,39 @@ def _run_mast3r(model: nn.Module, meta: Meta, inputs: Mapping[str, Tensor]) -> T
     }
     losses = _mast3r_losses(view1, view2, inputs) if "view1/pts3d" in inputs else {}
     return {**outputs, **losses}
+
+
+def _in_true_orientation(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensors]:
+    """Maps of both views as they are stored. Pictures stored on their side (``true_shape`` says so) are turned for
+    the model, and their maps turned back; pairs of one orientation go through it together.
+    """
+    images = [inputs["view1/img"], inputs["view2/img"]]
+    sideways = [_sideways(inputs.get(f"view{n}/true_shape"), image) for n, image in ((1, images[0]), (2, images[1]))]
+    groups = sorted(set(zip(*sideways, strict=True)))
+    found: list[list[Tensors]] = []
+    order: list[int] = []
+    for group in groups:
+        members = [i for i, pair in enumerate(zip(*sideways, strict=True)) if pair == group]
+        order += members
+        turned = [image[members].mT if turn else image[members] for image, turn in zip(images, group, strict=True)]
+        views = model(*turned)
+        found.append(
+            [
+                {name: maps.transpose(1, 2) if turn else maps for name, maps in view.items()}
+                for view, turn in zip(views, group, strict=True)
+            ]
+        )
+    back = torch.tensor(order).argsort()
+    return [
+        {name: torch.cat([group[view][name] for group in found])[back] for name in found[0][view]} for view in (0, 1)
+    ]
+
+
+def _sideways(true_shape: Tensor | None, image: Tensor) -> list[bool]:
+    height, width = image.shape[-2:]
+    if true_shape is None or height == width:
+        return [False] * len(image)
+    return [shape == [width, height] for shape in true_shape.tolist()]
 
 
 def _mast3r_losses(view1: Tensors, view2: Tensors, inputs: Mapping[str, Tensor]) -> Tensors:
