@@ -1,7 +1,8 @@
 """A toy role whose micro-batches are of two kinds, trained for a few steps by any backend in plain processes.
 
 Kind ``q`` has a loss of its own; kind ``g`` sends an activation away and is told its gradient when it comes back, up to
-``window`` micro-batches later. Two heads are used by one kind each and take part with weight zero in the other.
+``window`` micro-batches later. Two heads are used by one kind each and take part with weight zero in the other. Kind
+``n`` is a ``q`` that breaks the rule: the other head takes no part at all.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class TwoHeads(nn.Module):
         h = self.frozen(x)
         for block in self.blocks:
             h = block(h)
-        answer, condition = self.answer(h) * self.scale, self.condition(h)
+        answer = self.answer(h) * self.scale
+        if kind == "n":
+            return answer
+        condition = self.condition(h)
         return answer + 0.0 * condition.sum() if kind == "q" else condition + 0.0 * answer.sum()
 
 
@@ -113,6 +117,8 @@ def oracle(kinds: str, config: TrainerConfig = CONFIG, steps: int = STEPS) -> di
             out = module(x, kind)
             total = total + ((out * back).sum() if kind == "g" else out.square().sum() / BATCH)
         total.backward()
+        for parameter in named.values():  # one that took no part has a gradient of zero
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norms.append(float(nn.utils.clip_grad_norm_(named.values(), config.clip_norm)))
         adam.step()
         weights.append({n: p.detach().clone() for n, p in named.items()})

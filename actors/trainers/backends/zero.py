@@ -100,9 +100,7 @@ class ZeroBackend(DdpBackend):
         zero.zero_grad(set_to_none=True)
         self._backwards = 0
         if self.stage == 3:
-            for group in zero.averaged_gradients.values():
-                for partition in group or ():
-                    partition.zero_()
+            zero.grad_partitions_flat_buffer.zero_()
         else:
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
             zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)

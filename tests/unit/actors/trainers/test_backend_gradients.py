@@ -21,16 +21,20 @@ from tests.support.backend_ranks import STEPS, in_ranks, oracle, run_case
 ORDERS = ("gq", "qg", "gqgq", "qqgg")
 WINDOWS = (1, 2, 3)
 MATRIX = [(kinds, window) for kinds in ORDERS for window in WINDOWS]
-FEW = [("gq", 1), ("qg", 2), ("gqgq", 3), ("qqgg", 2)]
-BACKENDS = ("ddp", "fsdp2", "zero2", "zero3")
+ABSENT = [("nqg", 2), ("nn", 1)]
+FEW = [("gq", 1), ("qg", 2), ("gqgq", 3), ("qqgg", 2), *ABSENT]
+BACKENDS = {
+    **{name: BackendConfig(name=name) for name in ("single", "ddp", "fsdp2", "zero2")},
+    "fsdp2 kept": BackendConfig(name="fsdp2", reshard_after_forward=False),
+    "zero3": BackendConfig(name="zero3", persistence_threshold=0),  # else such small parameters are not partitioned
+    "zero3 persistent": BackendConfig(name="zero3", persistence_threshold=20),
+}
 
 
 def run_cases(names: Sequence[str], cases: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """All cases of all backends on this rank. ZeRO-3 partitions even the smallest parameter."""
+    """All cases of all backends on this rank."""
     return {
-        f"{name}/{kinds}/{window}": run_case(BackendConfig(name=name, persistence_threshold=0), kinds, window)
-        for name in names
-        for kinds, window in cases
+        f"{name}/{kinds}/{window}": run_case(BACKENDS[name], kinds, window) for name in names for kinds, window in cases
     }
 
 
@@ -38,7 +42,7 @@ def check(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[tup
     """Rank 0 has the oracle's numbers, every rank the same norms."""
     for kinds, window in cases:
         expected = oracle(kinds)
-        assert all(norm > 3 for norm in expected["norms"])  # so the limit of 0.3 matters
+        assert min(expected["norms"]) > 2  # so the limit of 0.3 matters
         for name in names:
             first = ranks[0][f"{name}/{kinds}/{window}"]
             assert first["norms"] == pytest.approx(expected["norms"], rel=1e-5), (name, kinds, window)
@@ -62,19 +66,21 @@ def check(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[tup
 
 def test_single_and_groups_of_one_equal_autograd(tmp_path: Path) -> None:
     names = ("single", "ddp", "fsdp2")
-    check(in_ranks(run_cases, tmp_path, 1, names, MATRIX), names, MATRIX)
+    cases = MATRIX + ABSENT
+    check(in_ranks(run_cases, tmp_path, 1, names, cases), names, cases)
 
 
-@pytest.mark.parametrize("names", [("ddp", "fsdp2"), ("zero2", "zero3")], ids=lambda names: "+".join(names))
+@pytest.mark.parametrize("names", [("ddp", "fsdp2"), ("zero2", "zero3")], ids="+".join)
 def test_two_ranks_equal_autograd(tmp_path: Path, names: tuple[str, ...]) -> None:
     check(in_ranks(run_cases, tmp_path, 2, names, FEW), names, FEW)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "single"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_order_and_window_equals_autograd(tmp_path: Path, name: str, world: int) -> None:
-    check(in_ranks(run_cases, tmp_path, world, [name], MATRIX), [name], MATRIX)
+    cases = MATRIX + ABSENT
+    check(in_ranks(run_cases, tmp_path, world, [name], cases), [name], cases)
 
 
 def test_an_unknown_backend_is_refused() -> None:
