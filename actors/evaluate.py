@@ -11,7 +11,7 @@ from typing import Any
 from actors.recipes import Built, Recipe, open_recipe
 from actors.trainers.checkpoint import load_weights
 from actors.trainers.feed import Feed
-from actors.trainers.roles import adapt, open_checkpoints, read_settings
+from actors.trainers.roles import adapt, best_checkpoint, read_settings
 from models.pretrained import save_pretrained
 from services.contracts import Split
 from services.errors import ResumeError
@@ -27,7 +27,7 @@ def load_trained(recipe: Recipe, feed: Feed, folder: Path) -> tuple[dict[str, Bu
     step = 0
     for role in recipe.roles:
         settings = read_settings(folder, role)
-        found = open_checkpoints(feed.config, folder, feed.plan(Split.TRAIN), role).best()
+        found = best_checkpoint(feed.config, folder, feed.plan(Split.TRAIN), role)
         if found is None or settings is None:
             raise ResumeError(
                 f"{folder} holds no trained model (role {role}); train it first with `loom3d train name={folder.name}`"

@@ -20,8 +20,9 @@ from actors.bridge.transport import Transport
 from actors.recipes import Built, Recipe, open_recipe
 from actors.recipes.base import select_trained
 from actors.trainers.backends.base import Backend
-from actors.trainers.checkpoint import Checkpoints, Identity, resume
+from actors.trainers.checkpoint import Checkpoints, Found, Identity, resume
 from actors.trainers.feed import Feed as Feed  # where others look for it
+from actors.trainers.joint import JointCheckpoints, joint_best, next_generation
 from actors.trainers.loop import Hooks, Metrics, TrainLoop
 from actors.trainers.recompute import checkpoint_activations
 from configs.roles import role_config
@@ -97,7 +98,7 @@ def train_role(
         seed=config.seed,
         link=link,
     )
-    checkpoints = open_checkpoints(config, folder, plan, role)
+    checkpoints = _joined(open_checkpoints(config, folder, plan, role), folder, loop)
     found = checkpoints.newest()
     if found is not None:
         resume(loop, found)
@@ -153,6 +154,22 @@ def adapt(config: RunConfig, role: str, built: Built) -> nn.Module:
     if globs:
         select_trained(built.module, globs, role)
     return built.module
+
+
+def _joined(own: Checkpoints, folder: Path, loop: TrainLoop) -> Checkpoints | JointCheckpoints:
+    """The role's checkpoints, which count only with those of the other roles where there are some."""
+    if isinstance(loop.link, Link):
+        return JointCheckpoints(folder / "checkpoints", own, loop.link, keep=own.keep)
+    return own
+
+
+def best_checkpoint(config: RunConfig, folder: Path, plan: EpochPlan, role: str) -> Found | None:
+    """The checkpoint of ``role`` to evaluate: the best one, of a step that every role has; None without any."""
+    own = open_checkpoints(config, folder, plan, role)
+    if len(open_recipe(config).roles) == 1:
+        return own.best()
+    step = joint_best(folder / "checkpoints")
+    return None if step is None else own.at(step)
 
 
 def open_checkpoints(config: RunConfig, folder: Path, plan: EpochPlan, role: str = "") -> Checkpoints:
@@ -249,6 +266,8 @@ def train_roles_inline(config: RunConfig, folder: Path, feed: Feed, device: str)
         for role in recipe.roles[1:]:
             feeds[role] = open_feeds.enter_context(closing(feed.for_role(role)))
 
+        generation = next_generation(folder / "checkpoints")
+
         def task(role: str, transport: Transport) -> RoleResult:
             link = Link(
                 transport,
@@ -257,6 +276,7 @@ def train_roles_inline(config: RunConfig, folder: Path, feed: Feed, device: str)
                 roles=dict.fromkeys(recipe.roles, 1),
                 edges=recipe.edges,
                 window=config.bridge.window,
+                generation=generation,
                 device=device,
             )
             with link:

@@ -141,6 +141,15 @@ def attach(address: str) -> Cluster:
     return Cluster(address=ray.get_runtime_context().gcs_address, started=True)
 
 
+def driver_host(config: RunConfig) -> str:
+    """Where this process can be reached by the workers of the run: loopback, or its address in a cluster of several."""
+    if config.cluster.mode != "attach":
+        return "127.0.0.1"
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def stop(cluster: Cluster, *, keep_logs: bool = False) -> None:
     """Leave the cluster; end it where we started it. Safe to call twice. ``keep_logs`` leaves Ray's session logs."""
     if not cluster.started or "ray" not in sys.modules:
