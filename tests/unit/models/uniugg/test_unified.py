@@ -193,6 +193,17 @@ def test_views_fill_their_placeholders_in_order_and_padding_none():
     torch.testing.assert_close(module.embed(changed, "metres"), embeds)
 
 
+@pytest.mark.parametrize("column", [True, False], ids=["no view in the batch", "no column"])
+def test_text_alone_trains_the_same_parameters(column: bool):
+    module, batch = part("llm"), conversation((0, 0))
+    assert batch["tokens"].shape[1] == 0
+    if not column:
+        batch = {name: value for name, value in batch.items() if not name.startswith("tokens")}
+    found = gradients(module, run(LLM, module, batch).sums["ce"])
+    assert all(gradient.abs().sum() == 0 for name, gradient in found.items() if name.startswith("projector"))
+    assert found["language.model.embed_tokens.weight"].abs().sum() > 0
+
+
 def test_queries_may_see_each_other():
     causal, both = part("llm"), build(llm={**SMALL, "bidirectional_queries": True}).llm
     both.load_state_dict(causal.state_dict())
