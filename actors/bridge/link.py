@@ -335,14 +335,18 @@ class Link:
     # -- the end ---------------------------------------------------------------------------------------------
 
     def close(self, error: BaseException | None = None) -> None:
-        """End. With ``error``, tell the other ranks why; without, wait until the last message has left."""
+        """End. With ``error``, tell the other ranks why; without, wait until all have ended."""
         if error is not None and self._liveness is not None:
             self._liveness.fail(f"{type(error).__name__}: {error}")
-        if error is None:
-            self._transport.flush()
-        self._transport.close()
-        if self._liveness is not None:
-            self._liveness.close()
+        try:
+            if error is None:
+                self._transport.flush()
+                if self._liveness is not None:
+                    self._liveness.end()
+        finally:
+            self._transport.close()
+            if self._liveness is not None:
+                self._liveness.close()
 
     def __enter__(self) -> Self:
         return self

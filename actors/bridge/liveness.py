@@ -18,6 +18,7 @@ from services.errors import PeerLostError
 _log = logging.getLogger("loom3d")
 
 ENDED = "ended"
+_END_POLL_S = 0.02
 _CAUSE_WAIT_S = 1.0
 """A peer whose connection broke may still be about to say why."""
 
@@ -103,6 +104,18 @@ class Liveness:
         """Tell the others that this rank ends because of ``reason``; they stop waiting for it at once."""
         self._failed = self._failed or reason[:2000]
         self._quietly(self._beat)
+
+    def end(self) -> None:
+        """Say that this rank has sent its last, and wait until the others say so too, or are lost.
+
+        Who closes its connections earlier breaks those of a peer that has not yet read the last message.
+        """
+        self._phase = (ENDED, *self._phase[1:])
+        self._quietly(self._beat)
+        for place in self._peers:
+            while not self._why(place, time.monotonic()):
+                time.sleep(_END_POLL_S)
+                self._quietly(self._look)
 
     def close(self) -> None:
         """Say that this rank has ended, and stop."""
