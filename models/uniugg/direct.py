@@ -80,6 +80,7 @@ DIRECT_ROLE = RoleSpec(
     step=step,
     counts=counts,
     kinds=(GENERATION, CONVERSATION),
+    no_decay=("bias", "norm", "position"),
     lora_targets=LLM_TARGETS,
     checkpointed=LLM_BLOCKS,
 )

@@ -70,6 +70,7 @@ LLM_ROLE = RoleSpec(
     step=llm_step,
     counts=llm_counts,
     kinds=(GENERATION, CONVERSATION),
+    no_decay=("bias", "norm", "position"),
     lora_targets=LLM_TARGETS,
     checkpointed=LLM_BLOCKS,
 )
@@ -78,6 +79,7 @@ DIFFUSION_ROLE = RoleSpec(
     step=diffusion_step,
     counts=diffusion_counts,
     kinds=(GENERATION,),
+    no_decay=("bias", "norm", "null"),
     lora_targets=UNET_TARGETS,
     checkpointed=UNET_BLOCKS,
 )
