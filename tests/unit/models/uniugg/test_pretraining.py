@@ -173,3 +173,46 @@ def test_unknown_kinds_are_refused() -> None:
     wrong = batch("pair") | {"kind": "conversation"}
     with pytest.raises(ModelError, match="P1 takes micro-batches of pair, view, item, got 'conversation'"):
         role().counts(wrong)
+
+
+def test_activation_checkpointing_of_the_named_blocks_changes_no_gradient() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+        checkpoint_wrapper,
+    )
+
+    module, bound, one = build(), role(cpe_augment=True), batch("pair", samples=2)
+    plain = gradients(module, [one], bound)
+    wrapped: list[str] = []
+
+    def chosen(child: torch.nn.Module) -> bool:
+        if type(child).__name__ in bound.checkpointed:
+            wrapped.append(type(child).__name__)
+            return True
+        return False
+
+    apply_activation_checkpointing(module, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=chosen)
+    assert sorted(wrapped) == ["DecoderBlock"] * 4 + ["PairHead"] * 2 + ["RadioLayer"] * 2
+    again = gradients(module, [one], bound)
+    assert len(again) == len(plain)
+    assert all(torch.equal(one, two) for one, two in zip(plain.values(), again.values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["pair", "view"])
+def test_losses_are_float32_inside_autocast(kind: str) -> None:
+    module, bound, one = build(), role(), batch(kind, samples=2)
+    plain = bound.step(module, one, {}).sums
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums = bound.step(module, one, {}).sums
+    for name, value in sums.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, plain[name], rtol=0.1, atol=1.0)
+    sum(sums.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def test_a_teacher_with_another_summary_is_named() -> None:
+    wrong = batch("view")
+    wrong["teacher_summary"] = wrong["teacher_summary"][:, :2]
+    with pytest.raises(ModelError, match=r"summary are \(3, 24\) an image and the teacher's \(2, 24\)"):
+        role().step(build(), wrong, {})
