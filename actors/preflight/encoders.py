@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.preflight import trained
 from actors.preflight.published import ARCHITECTURES as PUBLISHED
 from configs.schema import EncoderConfig, RunConfig
 from models.encoders.hf import HFEncoder
 from models.errors import WeightsError
 from models.spec import TensorSpec
+from services.features.requests import encoder_config
+from services.streams.inputs import used_encoders
 
 #: Activations alive at once in a transformer block, in widths of the network: input, residual, the MLP's hidden layer
 #: (4) and its activation (4), query, key and value (3).
@@ -42,29 +45,49 @@ class EncoderCost:
         return self.weight_bytes + inputs * (self.working_bytes + self.record_bytes)
 
 
-def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
-    """The cost of ``encoders.<name>``; FLOPs are 0 where they are not counted (texts, records of another encoder).
+def encoder_costs(config: RunConfig) -> dict[str, EncoderCost]:
+    """The cost of every encoder of the run, in an order in which those that others read from come first."""
+    found: dict[str, EncoderCost] = {}
+    for name in used_encoders(config):
+        for needed in reversed([*with_upstreams(name, config)]):
+            if needed not in found:
+                found[needed] = encoder_cost(needed, config)
+    return found
 
-    Weights are not loaded, and weights of a published name need not be there yet. WeightsError when the
+
+def with_upstreams(name: str, config: RunConfig) -> Iterator[str]:
+    """``name`` and, one after the other, the encoders that it reads from. ConfigError for one that is not there."""
+    while name:
+        yield name
+        name = encoder_config(name, config).upstream
+
+
+def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
+    """The cost of ``encoders.<name>``; FLOPs are 0 where they are not counted (texts, pooled records).
+
+    Weights are not loaded, and weights of a published name, or of a run, need not be there yet. WeightsError when the
     architecture cannot be known; ModelError for sizes that the network cannot have.
     """
     from models.encoders import hf
     from models.encoders.base import InputKind
     from models.encoders.families import input_kind
-    from services.features.encode import build_encoder
+    from models.encoders.uniugg import PARTS
 
     settings = config.encoders[name]
-    if settings.family in ("uniugg_vit", "mast3r"):
-        from models.encoders.uniugg import PartViT
-
-        vit, available = build_encoder(name, config), True
-        assert isinstance(vit, PartViT)
-        outputs, parameters, flops = dict(vit.outputs()), vit.parameter_count(), vit.flops_per_image()
+    available = True
+    if settings.family in PARTS:
+        available = trained.is_there(settings)
+        made = trained.describe(
+            name, config, None if not settings.upstream else encoder_cost(settings.upstream, config).outputs
+        )
+        outputs, parameters, flops = made.outputs, made.parameters, made.flops
     elif input_kind(settings.family) is InputKind.IMAGE:
         encoder, available = _describe(settings)
         outputs, parameters, flops = dict(encoder.outputs()), hf.parameter_count(encoder), hf.flops_per_image(encoder)
     else:
-        other, available = build_encoder(name, config), True
+        from services.features.encode import build_encoder
+
+        other = build_encoder(name, config)
         count = getattr(other, "parameter_count", None)  # of one that holds no weights yet
         parameters = count() if count else sum(p.numel() for p in other.parameters())
         outputs, flops = dict(other.outputs()), 0

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.preflight import checks
-from actors.preflight.encoders import EncoderCost, encoder_cost
-from actors.preflight.memory import PROCESS_BYTES, StepCost
-from actors.preflight.plan import CachePlan, NodePlan, Plan, RolePlan, Schedule
+from actors.preflight.batches import Lengths
+from actors.preflight.encoders import EncoderCost, encoder_costs, with_upstreams
+from actors.preflight.memory import PROCESS_BYTES
+from actors.preflight.plan import CachePlan, NodePlan, Plan, RolePlan
 from actors.preflight.rates import Rates, measured_rates
-from actors.preflight.roles import role_cost
-from actors.preflight.sizes import DataSize, data_sizes
-from configs.schema import NodeConfig, RunConfig
+from actors.preflight.roles import RoleCost, role_costs
+from actors.preflight.schedule import schedule
+from actors.preflight.sizes import DataSize, data_sizes, most_pictures
+from configs.schema import RunConfig
 from services.errors import PlacementError
 from services.runtime import placement
 from services.runtime.placement import Node
+from services.streams.inputs import entry_kinds, used_encoders
 
-#: Share of a training step's FLOPs that its forward pass takes (backward costs two forward passes).
-FORWARD = 1 / 3
+LEAST_TEXT = 64
+"""Tokens of a conversation that are not its pictures', at least."""
 
 
 def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nodes: Sequence[Node] = ()) -> Plan:
@@ -36,16 +40,14 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
             architecture is not known, data that are not there). What merely does not fit is in ``problems``.
     """
     machines = list(nodes) or _machines(config, address)
-    features = encoder_cost(config.recipe.features, config)
+    encoders = encoder_costs(config)
     data = data_sizes(config)
-    role = next(iter(config.cluster.roles))
-    workers = min(config.cluster.roles[role].workers)
-    step = role_cost(config, features, max(size.classes for size in data) or 1, workers)
-    peak = step.peak(config.trainer.accumulation)
-    cache = _cache(config, features, data)
+    costs = role_costs(config, encoders, max(size.classes for size in data) or 1, _lengths(config, encoders, data))
+    records = _records(config, encoders, data)
+    cache = _cache(config, encoders, records)
     bundles = placement.bundles_from_config(config)
     placed, problems = _place(config, bundles, machines)
-    roles = tuple(_role(config, bundle, placed.get(bundle.role, ()), peak, step, features) for bundle in bundles)
+    roles = tuple(_role(config, bundle, placed.get(bundle.role, ()), costs, encoders) for bundle in bundles)
     node_plans = tuple(_node(node, roles) for node in machines)
     gpu_memory = max((spec.gpu_memory_gb for spec in config.cluster.nodes.values()), default=0.0)
     problems += [
@@ -53,20 +55,21 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
         *checks.memory_problems(roles, node_plans, gpu_memory),
         *checks.disk_problems(config, cache),
     ]
+    found = measured_rates(rates) if rates else Rates()
     return Plan(
         name=config.name or f"{config.recipe.name}-{config.size}",
         model=config.model.name,
         roles=roles,
         nodes=node_plans,
-        steps={role: step},
-        samples={role: config.trainer.micro_batch // workers},
-        peaks={role: peak},
-        encoders=(features,),
+        steps=costs,
+        samples={role: cost.samples for role, cost in costs.items()},
+        peaks={role: cost.peak for role, cost in costs.items()},
+        encoders=tuple(encoders.values()),
         data=tuple(data),
         cache=cache,
-        schedule=_schedule(config, step, features, data, cache, measured_rates(rates) if rates else Rates()),
+        schedule=schedule(config, costs, encoders, data, cache, found),
         problems=tuple(problems),
-        notes=tuple(_notes(config, data, features)),
+        notes=tuple(_notes(config, data, encoders)),
     )
 
 
@@ -107,14 +110,17 @@ def _role(
     config: RunConfig,
     bundle: placement.Bundle,
     nodes: tuple[str, ...],
-    peak: int,
-    step: StepCost,
-    features: EncoderCost,
+    costs: Mapping[str, RoleCost],
+    encoders: Mapping[str, EncoderCost],
 ) -> RolePlan:
     """Memory of one worker: tensors on its GPU if it has one, else in host memory beside the process itself."""
-    buffers = config.trainer.prefetch_steps * config.trainer.accumulation * step.batch
     if bundle.role == "feature":
-        peak, buffers = features.memory(config.encoders[features.name].batch_size), config.cache.shard_bytes
+        # A replica runs all encoders that are asked for; one of them works at a time.
+        working = max(e.memory(config.encoders[name].batch_size) - e.weight_bytes for name, e in encoders.items())
+        peak = sum(encoder.weight_bytes for encoder in encoders.values()) + working
+        buffers = config.cache.shard_bytes
+    else:
+        peak, buffers = costs[bundle.role].peak, config.trainer.prefetch_steps * costs[bundle.role].batch
     on_gpu = bundle.asks.get("GPU", 0.0) > 0
     return RolePlan(
         role=bundle.role,
@@ -135,86 +141,46 @@ def _node(node: Node, roles: Sequence[RolePlan]) -> NodePlan:
     )
 
 
-def _cache(config: RunConfig, features: EncoderCost, data: Sequence[DataSize]) -> CachePlan:
-    """One record a view, of all splits. Admission keeps what is there, so a budget gives its share of hits."""
+def _records(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> dict[str, int]:
+    """Encoder -> records of all splits: one a picture that a kind of the run reads with it, or with one behind it."""
+    kinds: dict[str, set[str]] = {name: set() for name in encoders}
+    for name in used_encoders(config):
+        for needed in with_upstreams(name, config):
+            kinds[needed] |= entry_kinds(config, name)
+    found = {}
+    for name, wanted in kinds.items():
+        entries = {"scene"} if "item" in wanted and all(size.of for size in data if size.most_pictures) else set()
+        found[name] = sum(size.pictures_of(entry) for size in data for entry in wanted | entries)
+    return found
+
+
+def _cache(config: RunConfig, encoders: Mapping[str, EncoderCost], records: dict[str, int]) -> CachePlan:
+    """Admission keeps what is there, so a budget gives its share of hits."""
     cache = config.cache
-    records = sum(size.total_views for size in data)
-    total = records * features.record_bytes
+    total = sum(records[name] * encoder.record_bytes for name, encoder in encoders.items())
     share = 1.0 if not cache.budget_bytes or not total else min(1.0, cache.budget_bytes / total)
     share = 0.0 if cache.mode == "never" else share
     return CachePlan(
         mode=cache.mode,
-        records=records,
-        record_bytes=features.record_bytes,
+        encoders=records,
+        bytes=total,
         budget_bytes=cache.budget_bytes,
         hit_rates=(0.0, share, share),
     )
 
 
-def _schedule(
-    config: RunConfig,
-    step: StepCost,
-    features: EncoderCost,
-    data: Sequence[DataSize],
-    cache: CachePlan,
-    rates: Rates,
-) -> Schedule:
-    trainer = config.trainer
-    samples = trainer.micro_batch * trainer.accumulation
-    train_views = sum(size.views.get("train", 0) for size in data)
-    steps_per_epoch = train_views // samples
-    epochs = trainer.steps / steps_per_epoch if steps_per_epoch else 0.0
-    step_s = rates.step_s or trainer.accumulation * step.flops / _rate(config, next(iter(config.cluster.roles)))
-    encode_one = rates.encode_s or features.flops / _rate(config, "feature")
-    encode_one /= max(1, config.service.replicas)
-    # A measured step includes its reading.
-    read_s = 0.0 if rates.step_s else samples * features.record_bytes / _reading_rate(config)
-    views = {split: sum(size.views.get(split, 0) for size in data) for split in ("train", "val", "test")}
-    first = {
-        "encoding": encode_one * views["train"],
-        "reading": read_s * steps_per_epoch,
-        "training": step_s * steps_per_epoch,
-    }
-    later = first | {"encoding": (1 - cache.hit_rates[1]) * first["encoding"]}
-    streaming = min(1.0, epochs) * max(first.values()) + max(0.0, epochs - 1) * max(later.values())
-    validations = trainer.steps // trainer.validate_every if trainer.validate_every else 0
-    judged = validations * views["val"] + sum(views.values())
-    validate_s = judged / samples * max(step_s * FORWARD, read_s)
-    train_s = trainer.steps * step_s
-    return Schedule(
-        steps=trainer.steps,
-        samples_per_step=samples,
-        steps_per_epoch=steps_per_epoch,
-        epochs=epochs,
-        encode_s=encode_one * cache.records,
-        train_s=train_s,
-        read_s=read_s * trainer.steps,
-        validate_s=validate_s,
-        total_s=(streaming or train_s) + validate_s,
-        bottlenecks=(max(first, key=first.__getitem__), max(later, key=later.__getitem__)),
-        rates=rates.source,
-    )
+def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> Lengths:
+    """A conversation is taken to be as long as it may be, with as many pictures as fit beside some text."""
+    grids = [
+        math.prod(int(axis or 1) for axis in e.outputs["tokens"].shape[1:3])
+        for e in encoders.values()
+        if "tokens" in e.outputs
+    ]
+    room = (config.data.text.max_length - LEAST_TEXT) // max(grids, default=1)
+    return Lengths(views=max(1, min(most_pictures(data), room)), tokens=config.data.text.max_length)
 
 
-def _rate(config: RunConfig, role: str) -> float:
-    """FLOP/s of one worker of ``role``."""
-    return min(node.tflops for node in _holders(config, role)) * 1e12
-
-
-def _reading_rate(config: RunConfig) -> float:
-    """Bytes/s at which all workers of the trained role read together."""
-    role = next(iter(config.cluster.roles))
-    slowest = min(node.read_gb_s for node in _holders(config, role))
-    return slowest * 1e9 * min(config.cluster.roles[role].workers)
-
-
-def _holders(config: RunConfig, role: str) -> list[NodeConfig]:
-    """Kinds of node that hold the resource of ``role``; all of them, where none names it."""
-    nodes = list(config.cluster.nodes.values())
-    return [node for node in nodes if placement.role_resource(role) in node.resources] or nodes
-
-
-def _notes(config: RunConfig, data: Sequence[DataSize], features: EncoderCost) -> list[str]:
+def _notes(config: RunConfig, data: Sequence[DataSize], encoders: Mapping[str, EncoderCost]) -> list[str]:
     notes = [
         f"source {size.source} is not indexed yet ({size.scenes} scenes): bytes and epochs leave it out; "
         "run `loom3d data index` first"
@@ -223,7 +189,8 @@ def _notes(config: RunConfig, data: Sequence[DataSize], features: EncoderCost) -
     ]
     if config.cluster.mode == "inline":
         notes.append("cluster.mode=inline: one process, so memory adds up and encoding waits for training")
-    notes += checks.weights_problems(config, features)
-    if not features.flops:
-        notes.append(f"the work of encoder {features.name} was not counted; its time is left out")
+    for name, encoder in encoders.items():
+        notes += checks.weights_problems(config, encoder)
+        if not encoder.flops:
+            notes.append(f"the work of encoder {name} was not counted; its time is left out")
     return notes

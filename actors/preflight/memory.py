@@ -15,23 +15,31 @@ The peak is early in the backward pass, when all activations are still there and
 are being made: weights + optimiser + activations + batch + working. With accumulation the parameters' gradients are
 there too; without, they grow while the activations go, so only the larger of the two counts. A moving average of the
 weights adds 4 a trainable parameter. Micro-batches that wait in the loader are host memory and counted apart.
+
+With activation checkpointing a block keeps its inputs only; what it saves itself is there for one block at a time
+(working), and its forward pass is counted twice. A backend that shards divides by its workers: see :func:`spread`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from actors.preflight.fake import stepping
 from models.spec import RoleSpec
 
 #: Host memory of a worker process before it holds any tensor: interpreter, torch, Ray.
 PROCESS_BYTES = 700 * 10**6
+
+#: Elements that DeepSpeed's stage 3 may keep gathered at a time (its stage3_max_live_parameters).
+_ZERO3_LIVE = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,53 +64,165 @@ class StepCost:
 
 
 def step_cost(
-    module: nn.Module, role: RoleSpec, batch: Mapping[str, Any], *, autocast: bool = False, ema: bool = False
+    module: nn.Module,
+    role: RoleSpec,
+    batch: Mapping[str, Any],
+    received: Mapping[str, Tensor] | None = None,
+    *,
+    autocast: bool = False,
+    ema: bool = False,
+    checkpointing: bool = False,
 ) -> StepCost:
     """The cost of ``role``'s step of ``module`` on ``batch``, made under one ``FakeTensorMode`` (or both real)."""
+    return step_and_outputs(
+        module, role, batch, received or {}, autocast=autocast, ema=ema, checkpointing=checkpointing
+    )[0]
+
+
+def step_and_outputs(
+    module: nn.Module,
+    role: RoleSpec,
+    batch: Mapping[str, Any],
+    received: Mapping[str, Tensor],
+    *,
+    autocast: bool = False,
+    ema: bool = False,
+    checkpointing: bool = False,
+) -> tuple[StepCost, Mapping[str, Tensor]]:
+    """:func:`step_cost`, and what leaves on edges."""
     parameters = list(module.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    with FlopCounterMode(display=False) as counter:
-        saved, loss = _saved(module, role, batch, autocast)
-        loss.backward()
+    with stepping(module), FlopCounterMode(display=False) as counter:
+        tape = _Tape([*parameters, *module.buffers(), *_tensors(batch), *received.values()], counter)
+        blocks = role.checkpointed if checkpointing else ()
+        with tape.recording(module, blocks), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = role.step(module, batch, received)
+        ends = [value.float() for value in output.sums.values()]
+        ends += [sent.float().sum() for sent in output.outputs.values()]  # their gradients come back
+        total = torch.stack([end for end in ends if end.requires_grad] or [torch.zeros((), requires_grad=True)]).sum()
+        total.backward()
+        flops = int(counter.get_total_flops()) + tape.recomputed
     count = sum(p.numel() for p in trainable)
-    return StepCost(
+    working = 2 * max(tape.saved, default=0) + tape.largest_block
+    if checkpointing and autocast:  # casts of the weights live until the forward pass ends
+        working = max(working, count * 2)
+    cost = StepCost(
         trainable=count,
         frozen=sum(p.numel() for p in parameters) - count,
-        flops=int(counter.get_total_flops()),
+        flops=flops,
         weights=sum(_bytes(t) for t in (*parameters, *module.buffers())),
         gradients=sum(_bytes(p) for p in trainable),
         optimiser=sum(_bytes(p) for p in trainable) * (3 if ema else 2),
-        activations=sum(saved),
-        batch=sum(_bytes(t) for t in batch.values() if isinstance(t, Tensor)),
-        working=2 * max(saved, default=0),
+        activations=tape.activations,
+        batch=sum(_bytes(t) for t in (*_tensors(batch), *received.values())),
+        working=working,
+    )
+    return cost, output.outputs
+
+
+@dataclass
+class _Tape:
+    """Bytes of every storage that autograd keeps, each once, and how much of that blocks would compute again."""
+
+    known: Sequence[Tensor]
+    counter: FlopCounterMode
+    saved: list[int] = field(default_factory=list)
+    recomputed: int = 0
+    """Operations of blocks' forward passes."""
+    largest_block: int = 0
+    _inputs: int = 0
+    _inside: int = 0
+    _depth: int = 0
+    _began: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self._alive = {id(t.untyped_storage()): t.untyped_storage() for t in self.known}
+        # An id is unique only while its object lives.
+
+    @property
+    def activations(self) -> int:
+        """Bytes that wait for the backward pass."""
+        return sum(self.saved) - self._inside + self._inputs
+
+    @contextmanager
+    def recording(self, module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+        """Listens to the forward pass within; ``blocks`` are the classes that keep their inputs only."""
+        handles = []
+        for child in module.modules():
+            if type(child).__name__ in blocks:
+                handles.append(child.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(child.register_forward_hook(self._leave))
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if size := self._new(tensor):
+            self.saved.append(size)
+        return tensor
+
+    def _new(self, tensor: Tensor) -> int:
+        """Bytes of the tensor's storage the first time that it is seen, else 0."""
+        storage = tensor.untyped_storage()
+        if id(storage) in self._alive:
+            return 0
+        self._alive[id(storage)] = storage
+        return storage.nbytes()
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._depth == 0:
+            self._inputs += sum(self._new(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            self._began = len(self.saved), int(self.counter.get_total_flops())
+        self._depth += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            inside = sum(self.saved[self._began[0] :])
+            self._inside += inside
+            self.largest_block = max(self.largest_block, inside)
+            self.recomputed += int(self.counter.get_total_flops()) - self._began[1]
+
+
+def spread(
+    cost: StepCost, module: nn.Module, role: RoleSpec, backend: str, workers: int, *, reshard: bool = True
+) -> StepCost:
+    """``cost`` on one of ``workers`` of a backend that shards; single and ddp keep everything on each of them.
+
+    fsdp2 divides weights, gradients and moments, and gathers the block at work and the next one (without
+    resharding: all of them). zero2 divides gradients and moments and keeps another copy of its part of the weights;
+    zero3 divides the weights too, and keeps up to a thousand million of them gathered.
+    """
+    if workers == 1 or backend in ("single", "ddp"):
+        return cost
+    share = 1 / workers
+    copy = cost.gradients
+    if backend == "zero2":
+        weights, optimiser = cost.weights, (cost.optimiser + copy) * share
+    elif backend == "zero3":
+        weights = cost.weights * share + min(cost.weights, 4 * _ZERO3_LIVE)
+        optimiser = (cost.optimiser + copy) * share
+    else:
+        gathered = 2 * _largest_block(module, role) if reshard else cost.weights
+        weights, optimiser = cost.weights * share + min(gathered, cost.weights), cost.optimiser * share
+    return dataclasses.replace(
+        cost, weights=int(weights), gradients=int(cost.gradients * share), optimiser=int(optimiser)
     )
 
 
-def _saved(module: nn.Module, role: RoleSpec, batch: Mapping[str, Any], autocast: bool) -> tuple[list[int], Tensor]:
-    """Bytes of every storage kept for the backward pass, and the sum of the losses."""
-    known = [*module.parameters(), *module.buffers(), *(t for t in batch.values() if isinstance(t, Tensor))]
-    with _count_saved(known) as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        sums = role.step(module, batch, {}).sums
-    return saved, torch.stack([value.float() for value in sums.values()]).sum()
+def _largest_block(module: nn.Module, role: RoleSpec) -> int:
+    """Bytes of the largest unit that is gathered at once: a block, or all that lies in none."""
+    blocks = [child for child in module.modules() if type(child).__name__ in role.checkpointed and child is not module]
+    inside = {id(p): p for block in blocks for p in block.parameters()}
+    rest = sum(_bytes(p) for p in module.parameters() if id(p) not in inside)
+    return max([rest, *(sum(_bytes(p) for p in block.parameters()) for block in blocks)])
 
 
-@contextmanager
-def _count_saved(known: list[Tensor]) -> Iterator[list[int]]:
-    """Yields a list that gets the bytes of every storage saved for backward that is not of ``known``, each once."""
-    seen = {id(t.untyped_storage()) for t in known}
-    alive = [t.untyped_storage() for t in known]  # an id is unique only while its object lives
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if id(storage) not in seen:
-            seen.add(id(storage))
-            alive.append(storage)
-            saved.append(storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in batch.values() if isinstance(value, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.preflight.encoders import EncoderCost
-from actors.preflight.memory import StepCost
+from actors.preflight.roles import RoleCost
 from actors.preflight.sizes import DataSize
 
 
@@ -40,17 +40,19 @@ class CachePlan:
     """What the feature cache will hold and give."""
 
     mode: str
-    records: int
-    record_bytes: int
+    encoders: dict[str, int]
+    """Encoder -> records of all splits."""
+    bytes: int
+    """Of all records."""
     budget_bytes: int
     """0: no limit."""
     hit_rates: tuple[float, ...]
     """Expected share of look-ups that hit in epochs 1, 2 and 3, beginning with an empty cache."""
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all records."""
-        return self.records * self.record_bytes
+    def records(self) -> int:
+        """Records of all encoders."""
+        return sum(self.encoders.values())
 
     @property
     def stored_bytes(self) -> int:
@@ -73,6 +75,8 @@ class Schedule:
     """Of every feature once, over all replicas."""
     train_s: float
     """Computing all steps, without waiting for data."""
+    role_s: dict[str, float]
+    """Role -> seconds that it computes in all steps, at given rates."""
     read_s: float
     """Reading the features of all steps."""
     validate_s: float
@@ -82,7 +86,8 @@ class Schedule:
 
     Making data, starting processes and writing the report are left out."""
     bottlenecks: tuple[str, str]
-    """Of the first epoch and of the later ones: encoding | reading | training."""
+    """Of the first epoch and of the later ones: encoding | reading | training (of
+    several roles: training ROLE)."""
     rates: str
     """Where the rates come from."""
 
@@ -95,8 +100,8 @@ class Plan:
     model: str
     roles: tuple[RolePlan, ...]
     nodes: tuple[NodePlan, ...]
-    steps: dict[str, StepCost]
-    """Role -> cost of one worker's micro-batch."""
+    steps: dict[str, RoleCost]
+    """Role -> cost of one worker's step."""
     samples: dict[str, int]
     """Role -> samples of one worker's micro-batch."""
     peaks: dict[str, int]
@@ -118,7 +123,9 @@ class Plan:
         """Plain values for JSON; unlimited resources are left out."""
         tree = dataclasses.asdict(self)
         tree["fits"] = self.fits
-        tree["cache"] |= {"bytes": self.cache.bytes, "stored_bytes": self.cache.stored_bytes}
+        tree["cache"] |= {"records": self.cache.records, "stored_bytes": self.cache.stored_bytes}
+        for role, cost in self.steps.items():
+            tree["steps"][role] |= {"trainable": cost.trainable, "frozen": cost.frozen, "flops": cost.flops}
         for node in tree["nodes"]:
             node["offers"] = {k: v for k, v in node["offers"].items() if v != float("inf")}
         return tree

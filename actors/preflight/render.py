@@ -78,7 +78,7 @@ def _roles(plan: Plan) -> Table:
             if step
             else "0 / " + (count(sum(encoder.parameters for encoder in plan.encoders)))
         )
-        work = count(step.flops / plan.samples[role.role]) + "FLOP" if step else ""
+        work = count(step.sample_flops) + "FLOP" if step else ""
         rows.append((role.role, str(role.workers), asks, nodes, size(role.host_bytes) + device, trains, work))
     columns = ("role", "workers", "one worker asks", "where", "memory of one", "trainable / frozen", "a sample")
     return _table(f"{plan.name}: roles (model {plan.model})", columns, rows)
@@ -95,14 +95,18 @@ def _encoders(plan: Plan) -> Table:
     rows = []
     for encoder in plan.encoders:
         outputs = ", ".join(f"{name} {'x'.join(map(str, spec.shape))}" for name, spec in encoder.outputs.items())
-        budget = f", of which {size(cache.budget_bytes)} may be stored" if cache.budget_bytes else ""
-        hits = ", ".join(f"{rate:.0%}" for rate in cache.hit_rates)
+        stored = f"{cache.encoders[encoder.name]} records of {size(encoder.record_bytes)}"
         rows += [
             ("encoder", f"{encoder.name}: {count(encoder.parameters)} parameters"),
-            ("an input", f"{count(encoder.flops)}FLOP -> {outputs}: {size(encoder.record_bytes)}"),
-            ("all inputs", f"{cache.records} records, {size(cache.bytes)}{budget}"),
-            ("cache hits", f"{hits} in epochs 1, 2, 3, if nothing is stored yet (cache.mode={cache.mode})"),
+            ("an input", f"{count(encoder.flops)}FLOP -> {outputs}"),
+            ("all inputs", f"{stored}: {size(cache.encoders[encoder.name] * encoder.record_bytes)}"),
         ]
+    budget = f", of which {size(cache.budget_bytes)} may be stored" if cache.budget_bytes else ""
+    hits = ", ".join(f"{rate:.0%}" for rate in cache.hit_rates)
+    rows += [
+        ("together", f"{cache.records} records, {size(cache.bytes)}{budget}"),
+        ("cache hits", f"{hits} in epochs 1, 2, 3, if nothing is stored yet (cache.mode={cache.mode})"),
+    ]
     return _facts("frozen features", rows)
 
 

@@ -1,55 +1,182 @@
-"""What one role trains: its model, built without memory for the features and data of the run."""
+"""What each role of a run trains: its model, built without memory, on batches of the kinds that it takes part in."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
+from actors.preflight.batches import Lengths, fake_batch
 from actors.preflight.encoders import EncoderCost
-from actors.preflight.memory import StepCost, step_cost
-from actors.recipes import probe
+from actors.preflight.fake import building
+from actors.preflight.memory import StepCost, spread, step_and_outputs
+from actors.recipes import Recipe, open_recipe
+from actors.recipes.base import Facts
+from configs.roles import role_config
 from configs.schema import RunConfig
+from models.spec import TensorSpec
 from services.errors import ModelError
+from services.streams.columns import column_specs
+from services.streams.inputs import kind_inputs, wanted_kinds
+from services.streams.plan import micro_batch_kinds
+from services.streams.targets import Targets
 
 
-def role_cost(config: RunConfig, features: EncoderCost, classes: int, workers: int) -> StepCost:
-    """The cost of one worker's micro-batch of the role ``trainer``. ModelError for a model that cannot be built.
+@dataclass(frozen=True, kw_only=True)
+class RoleCost:
+    """One worker of a role: a micro-batch of every kind, and how many of each a step has."""
+
+    kinds: Mapping[str, StepCost]
+    micro_batches: Mapping[str, int]
+    """Of a step, by kind, those that the role takes part in."""
+    samples: int
+    """Of one worker in a micro-batch."""
+    sends: Mapping[str, int] = field(default_factory=dict)
+    """Role -> bytes of activations that leave for it in a step, from one worker."""
+    receives: Mapping[str, int] = field(default_factory=dict)
+    """Role -> bytes of gradients that come back, in a step, to one worker."""
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained."""
+        return next(iter(self.kinds.values())).trainable
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that are not."""
+        return next(iter(self.kinds.values())).frozen
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward of all micro-batches of a step."""
+        return sum(self.micro_batches[kind] * cost.flops for kind, cost in self.kinds.items())
+
+    @property
+    def sample_flops(self) -> float:
+        """Of one sample, on average over the kinds."""
+        return self.flops / (self.samples * sum(self.micro_batches.values()))
+
+    @property
+    def batch(self) -> int:
+        """Bytes of the collated tensors of a step."""
+        return sum(self.micro_batches[kind] * cost.batch for kind, cost in self.kinds.items())
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes of tensors, over the kinds."""
+        return max(cost.peak(sum(self.micro_batches.values())) for cost in self.kinds.values())
+
+
+def role_costs(
+    config: RunConfig, encoders: Mapping[str, EncoderCost], classes: int, lengths: Lengths
+) -> dict[str, RoleCost]:
+    """The cost of every role of the recipe. ConfigError or ModelError for a model that cannot be built.
 
     Args:
         config: The run.
-        features: The encoder that feeds the model.
+        encoders: Those that the run uses.
         classes: Semantic classes of the data.
-        workers: Workers that a global micro-batch is divided among.
+        lengths: Of ragged columns.
     """
-    settings = config.encoders[config.recipe.features]
+    recipe = open_recipe(config)
+    facts = Facts(outputs=lambda name: encoders[name].outputs, classes=classes, assume=True)
+    counts = Counter(micro_batch_kinds(config.recipe.quotas, config.trainer.accumulation))
+    crossing: dict[tuple[str, str, str], Tensor] = {}
+    return {role: _role_cost(recipe, role, facts, counts, lengths, crossing) for role in _sources_first(recipe)}
+
+
+def _sources_first(recipe: Recipe) -> Sequence[str]:
+    """The recipe's roles, each after those that send to it."""
+    left, ordered = list(recipe.roles), []
+    while left:
+        free = [role for role in left if not any(e.target == role and e.source in left for e in recipe.edges)]
+        assert free, "edges of a model make no circle"
+        ordered += free
+        left = [role for role in left if role not in free]
+    return ordered
+
+
+def _role_cost(
+    recipe: Recipe,
+    role: str,
+    facts: Facts,
+    counts: Mapping[str, int],
+    lengths: Lengths,
+    crossing: dict[tuple[str, str, str], Tensor],
+) -> RoleCost:
+    """One role; ``crossing`` holds by (role, kind, tensor) what the roles before it send, and gets what it sends."""
+    from actors.trainers.roles import adapt
+
+    config = role_config(recipe.config, role)
+    workers = min(config.cluster.roles[role].workers)
     samples = config.trainer.micro_batch // workers
-    # Fake tensors have shapes and a device, and no memory; unlike those on the meta device, autocast acts on them.
-    with FakeTensorMode():
-        batch = probe_batch(features, samples, settings.height, settings.width)
-        arguments = probe.model_settings(config, batch, classes)
-        module, role = probe.build_probe(config.model.name, arguments, config.seed)
-        if config.peft.method != "none" and not (config.peft.targets or role.lora_targets):
+    specs = role_columns(config, role, facts)
+    with building():
+        built = without_weights(recipe).rebuild(role, recipe.describe(role, facts))
+        if config.peft.method != "none" and not (config.peft.targets or built.spec.lora_targets):
             raise ModelError(
                 f"peft.method={config.peft.method}: {config.model.name} names no modules for it (it is trained whole); "
                 "set peft.targets, or peft=none"
             )
-        return step_cost(
-            module, role, batch, autocast=config.trainer.precision == "bfloat16", ema=config.trainer.ema > 0
+        module = adapt(recipe.config, role, built)
+    kinds, taken, sends, receives = {}, {}, Counter[str](), Counter[str]()
+    for kind, count in counts.items():
+        if kind not in specs or not built.spec.takes_part(kind):
+            continue
+        batch = fake_batch(kind, specs[kind], samples, lengths, module)
+        incoming = [e for e in recipe.edges if e.target == role and kind in e.kinds]
+        received = {
+            t.name: _arriving(crossing[e.source, kind, t.name], samples, t.gradient)
+            for e in incoming
+            for t in e.tensors
+        }
+        cost, outputs = step_and_outputs(
+            module,
+            built.spec,
+            batch,
+            received,
+            autocast=config.trainer.precision == "bfloat16",
+            ema=config.trainer.ema > 0,
+            checkpointing=config.trainer.activation_checkpointing,
         )
+        crossing |= {(role, kind, name): tensor for name, tensor in outputs.items()}
+        for edge in (e for e in recipe.edges if e.source == role and kind in e.kinds):
+            sizes = {t.name: outputs[t.name].numel() * outputs[t.name].element_size() for t in edge.tensors}
+            sends[edge.target] += count * sum(sizes.values())
+            receives[edge.target] += count * sum(sizes[t.name] for t in edge.tensors if t.gradient)
+        kinds[kind] = spread(
+            cost, module, built.spec, config.backend.name, workers, reshard=config.backend.reshard_after_forward
+        )
+        taken[kind] = count
+    return RoleCost(kinds=kinds, micro_batches=taken, samples=samples, sends=dict(sends), receives=dict(receives))
 
 
-def probe_batch(features: EncoderCost, samples: int, height: int, width: int) -> dict[str, Any]:
-    """Columns of a collated micro-batch of the probe, on the default device."""
-    columns: dict[str, Any] = {
-        name: torch.empty((samples, *(axis or 1 for axis in output.shape)), dtype=getattr(torch, output.dtype))
-        for name, output in features.outputs.items()
+def without_weights(recipe: Recipe) -> Recipe:
+    """The recipe of the same run with nothing to start from: its modules have no memory that weights could fill."""
+    return open_recipe(dataclasses.replace(recipe.config, model=dataclasses.replace(recipe.config.model, init={})))
+
+
+def _arriving(sent: Tensor, samples: int, gradient: bool) -> Tensor:
+    """What a worker with ``samples`` samples receives of a tensor that another role's worker sends."""
+    with sent.fake_mode:  # type: ignore[attr-defined]  # outputs of a step on fake tensors are fake
+        return torch.empty((samples, *sent.shape[1:]), dtype=sent.dtype, requires_grad=gradient)
+
+
+def role_columns(config: RunConfig, role: str, facts: Facts) -> dict[str, dict[str, TensorSpec]]:
+    """Columns of the kinds that ``role`` reads, text left out: see :mod:`actors.preflight.batches`."""
+    inputs = {kind: made for kind, made in kind_inputs(config, role).items() if kind in wanted_kinds(config)}
+    targets = Targets(config, {}, inputs=inputs)
+    try:
+        columns = column_specs(config, inputs, facts.outputs, targets=targets)
+    finally:
+        targets.close()
+    return {
+        kind: columns[kind] | ({"input_ids": TEXT, "supervised": TEXT} if inputs[kind].text else {}) for kind in columns
     }
-    columns |= {
-        "depth": torch.ones(samples, height, width),
-        "labels": torch.zeros(samples, height, width, dtype=torch.int64),
-        "scene_type": torch.zeros(samples, dtype=torch.int64),
-        "weight": torch.ones(samples),
-    }
-    return columns
+
+
+TEXT = TensorSpec(shape=(None,), dtype="int64")

@@ -1,34 +1,70 @@
-"""How many scenes and views a run's data hold, without reading a picture.
+"""How many scenes, views, items and pairs a run's data hold, without reading a picture.
 
-Procedural rooms are counted from their settings; another source from its manifest, if it was indexed before.
+Procedural rooms are counted from their settings; another source from its manifest, if it was indexed before, and pairs
+from their index, if it was made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.schema import RoomsConfig, RunConfig, SourceConfig
 from services.contracts import Split
+from services.data.manifest import Manifest
 from services.errors import DataError
+from services.streams.sampling import PAIR_KINDS, needs_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """Counts of one source; ``views`` by split, pictures of items among them. ``known`` is false when not indexed."""
+    """Counts of one source, by split where they are mappings. ``known`` is false when not indexed."""
 
     source: str
     scenes: int
+    """And items."""
     views: Mapping[str, int]
+    """Of scenes, and pictures of items among them."""
     classes: int
     known: bool = True
+    items: Mapping[str, int] = field(default_factory=dict)
+    """Items, with or without pictures."""
+    pictures: Mapping[str, int] = field(default_factory=dict)
+    """Of items."""
+    most_pictures: int = 0
+    """Of one item."""
+    pairs: Mapping[str, int] | None = None
+    """Pairs of views; None where they were not measured, or are not needed."""
+    of: str = ""
+    """Source whose pictures these are; "" for pictures of its own."""
 
     @property
     def total_views(self) -> int:
         """Views of all splits."""
         return sum(self.views.values())
+
+    def units(self, kind: str, split: str) -> int:
+        """Samples of ``kind`` that a split has; of pairs that were not measured, as many as there are views."""
+        if kind in PAIR_KINDS:
+            pairs = self._scene_views(split) if self.pairs is None else self.pairs.get(split, 0)
+            return pairs * (2 if PAIR_KINDS[kind] else 1)
+        if kind in ("item", "conversation"):
+            return self.items.get(split, 0)
+        return self._scene_views(split)
+
+    def pictures_of(self, entry: str) -> int:
+        """Pictures of all scenes ("scene") or of all items ("item"), of its own."""
+        if self.of:
+            return 0
+        if entry == "item":
+            return sum(self.pictures.values())
+        return sum(self._scene_views(split) for split in self.views)
+
+    def _scene_views(self, split: str) -> int:
+        return self.views.get(split, 0) - self.pictures.get(split, 0)
 
 
 def data_sizes(config: RunConfig) -> list[DataSize]:
@@ -37,35 +73,107 @@ def data_sizes(config: RunConfig) -> list[DataSize]:
 
 
 def _size(name: str, source: SourceConfig, config: RunConfig) -> DataSize:
-    if source.format == "rooms" and not source.root:
-        return _rooms(name, config.data.rooms, source)
-    from services.data.manifest import Manifest
-    from services.data.readers import open_reader
-    from services.data.sources import settings_digest
+    from services.data.sources import is_made_of
 
-    root, storage = Path(source.root), Path(config.storage.root)
-    reader = open_reader(root, source, cache=storage / "data" / "derived" / name)
-    path = storage / "manifests" / f"{name}-{settings_digest(source, root, reader.version)[:16]}.arrow"
+    if is_made_of(source):
+        return _questions(name, source, config)
+    if source.format == "rooms" and not source.root:
+        return _rooms(name, config.data.rooms, source, config)
+    manifest = _stored(name, source, config)
+    if manifest is not None:
+        return _counted(name, manifest, config)
+    from services.data.readers import open_reader
+
+    reader = open_reader(Path(source.root), source, cache=Path(config.storage.root) / "data" / "derived" / name)
+    return DataSize(source=name, scenes=len(reader.list_ids()), views={}, classes=0, known=False)
+
+
+def _stored(name: str, source: SourceConfig, config: RunConfig) -> Manifest | None:
+    """The manifest of a source as an earlier run left it; None where there is none."""
+    from services.data.sources import manifest_path, resolve_source
+
     try:
-        manifest = Manifest.load(path)
+        return Manifest.load(
+            manifest_path(name, resolve_source(source, config.data.rooms, config.storage), config.storage)
+        )
     except (DataError, OSError):
-        return DataSize(source=name, scenes=len(reader.list_ids()), views={}, classes=0, known=False)
-    views: Counter[str] = Counter()
+        return None
+
+
+def _counted(name: str, manifest: Manifest, config: RunConfig, of: str = "") -> DataSize:
+    views, items, pictures = Counter[str](), Counter[str](), Counter[str]()
+    most = 0
     for entry in manifest.entries:
         views[str(entry.split)] += entry.n_views
-    return DataSize(source=name, scenes=len(manifest), views=dict(views), classes=len(manifest.classes))
+        if entry.kind == "item":
+            items[str(entry.split)] += 1
+            pictures[str(entry.split)] += entry.n_views
+            most = max(most, entry.n_views)
+    return DataSize(
+        source=name,
+        scenes=len(manifest),
+        views=dict(views),
+        classes=len(manifest.classes),
+        items=dict(items),
+        pictures=dict(pictures),
+        most_pictures=most,
+        pairs=_pairs(name, manifest, config),
+        of=of,
+    )
 
 
-def _rooms(name: str, rooms: RoomsConfig, source: SourceConfig) -> DataSize:
+def _pairs(name: str, manifest: Manifest, config: RunConfig) -> dict[str, int] | None:
+    """Pairs by split from the index of the source; None where there is none."""
+    if not needs_pairs(config):
+        return None
+    from services.data.pairs import stored_pairs
+
+    try:
+        index = stored_pairs(config, {name: manifest})[name]
+    except (DataError, OSError):
+        return None
+    found = Counter[str]()
+    for entry in manifest.entries:
+        if entry.id in index.facts:
+            found[str(entry.split)] += len(index.of(entry.id))
+    return dict(found)
+
+
+def _questions(name: str, source: SourceConfig, config: RunConfig) -> DataSize:
+    """Questions about the scenes of another source, where they were made before: their pictures are the scenes'."""
+    from services.data.questions.ondemand import annotations_folder
+    from services.data.sources import is_made_of
+
+    of = is_made_of(source)
+    limit = int(source.options.get("max_views", 0) or config.data.questions.max_views)
+    unknown = DataSize(source=name, scenes=0, views={}, classes=0, known=False, most_pictures=limit, of=of)
+    about = _stored(of, config.data.sources[of], config)
+    if about is None:
+        return unknown
+    settings = config.data.questions
+    most = min(limit, settings.max_views, max((entry.n_views for entry in about.entries), default=1))
+    folder = annotations_folder(about, dataclasses.replace(settings, max_views=most), config.storage)
+    manifest = _stored(name, dataclasses.replace(source, root=str(folder)), config)
+    return unknown if manifest is None else _counted(name, manifest, config, of)
+
+
+def _rooms(name: str, rooms: RoomsConfig, source: SourceConfig, config: RunConfig) -> DataSize:
     from services.data.rooms.classes import CLASSES
     from services.data.rooms.plan import plan_room
 
     count = min(rooms.scenes, source.limit) if source.limit else rooms.scenes
     splits = Counter(plan_room(rooms.seed, index).split for index in range(count))
     per_room = -(-rooms.views // source.frame_stride)
+    made = _stored(name, source, config) if needs_pairs(config) else None
     return DataSize(
         source=name,
         scenes=count,
         views={split.value: splits[split] * per_room for split in Split},
         classes=1 + max(c.id for c in CLASSES),
+        pairs=None if made is None else _pairs(name, made, config),
     )
+
+
+def most_pictures(data: Sequence[DataSize]) -> int:
+    """Pictures of the largest item of all sources, at least one."""
+    return max([1, *(size.most_pictures for size in data)])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from actors.recipes.base import Built, Facts, Recipe, kept_rows, seeded
 from configs import ConfigError
-from configs.schema import RunConfig
 from models.metrics.depth import DepthMetrics
 from models.metrics.segmentation import SegmentationMetrics
 from models.probe.losses import IGNORE

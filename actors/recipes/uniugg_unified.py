@@ -16,8 +16,8 @@ from torch import nn
 
 from actors.recipes.base import Built, Facts, Part, Recipe, seeded
 from configs import ConfigError
-from models.pretrained import describe_pretrained, load_part, read_pretrained
 from models.errors import ModelError
+from models.pretrained import describe_pretrained, load_part, read_pretrained
 from models.registry import build, spec
 from models.spec import RoleSpec
 from models.uniugg.objectives import DiffusionObjective, DirectObjective, LanguageObjective
@@ -54,9 +54,7 @@ class UnifiedRecipe(Recipe):
 
     def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
         """The role's module for the run's tokenizer, encoder and latents; weights by the seed and ``model.init``."""
-        self._check_init()
-        name, settings = part_settings(self.config.model.name, self._overrides(role, feed))[role]
-        return self.rebuild(role, {"model": name, "settings": settings})
+        return self.rebuild(role, self.describe(role, Facts.of(feed)))
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: D102
         with seeded(self.config.seed):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from actors.recipes.base import Built, Part, Recipe, every_batch, kept_rows, seeded
+from actors.recipes.base import Built, Facts, Part, Recipe, every_batch, kept_rows, seeded
 from actors.recipes.uniugg_encoder import spatial_objective
 from configs import ConfigError
 from models.encoders.weights import RANDOM
+from models.errors import WeightsError
 from models.pretrained import describe_pretrained, load_part
 from models.registry import build, spec
 from models.uniugg.latent import PAIR, LatentModel, LatentObjective, pair_tokens
@@ -33,21 +34,27 @@ class VaeRecipe(Recipe):
     def terms(self, role: str) -> tuple[str, ...]:  # noqa: ARG002, D102
         return ("reconstruction", "kl", "confidence", "matching", "rgb")
 
+    def describe(self, role: str, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
+        """Both parts' settings: a VAE for the ViT's channels, and the decoder that the run starts from."""
+        start, decoder = self.config.model.init.get("spatial_decoder", RANDOM), {}
+        try:
+            decoder = {} if start == RANDOM else describe_pretrained(start)["settings"]
+        except WeightsError:
+            if not facts.assume:
+                raise
+        return {
+            "vae": {"channels": facts.outputs("vit")["tokens"].shape[-1]},
+            "spatial_decoder": decoder,
+            "finetune_spatial_decoder": self.config.recipe.uniugg.finetune_spatial_decoder,
+            **self.config.model.overrides,
+        }
+
     def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:
         """A VAE for the ViT's channels, its token statistics measured on the plan's first samples.
 
         Every rank reads the same global samples, so the statistics do not depend on the number of ranks.
         """
-        channels = feed.client.outputs("vit")["tokens"].shape[-1]
-        start = self.config.model.init.get("spatial_decoder", RANDOM)
-        decoder = {} if start == RANDOM else describe_pretrained(start)["settings"]
-        settings = {
-            "vae": {"channels": channels},
-            "spatial_decoder": decoder,
-            "finetune_spatial_decoder": self.config.recipe.uniugg.finetune_spatial_decoder,
-            **self.config.model.overrides,
-        }
-        built = self.rebuild(role, settings)
+        built = self.rebuild(role, self.describe(role, Facts.of(feed)))
         assert isinstance(built.module, LatentModel), "the recipe makes this model"
         per_step = plan.micro_batch * len(plan.kinds)
         steps = max(1, min(plan.steps_per_epoch, CALIBRATION_SAMPLES // per_step))

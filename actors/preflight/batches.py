@@ -1,0 +1,88 @@
+"""Batches of fake columns: what decides shapes is real and small, the rest has shapes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from models.spec import TensorSpec
+
+PROMPT_TOKENS = 32
+"""Tokens of a generation's prompt beside its placeholders."""
+
+ANSWERED = 0.5
+"""Share of a conversation's text that is answers."""
+
+_REAL = 4096
+"""Columns of at most so many numbers a sample, cameras for one, are real."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Lengths of ragged columns."""
+
+    views: int
+    """Pictures of a conversation or an item."""
+    tokens: int
+    """Of a conversation."""
+
+
+def fake_batch(
+    kind: str, columns: Mapping[str, TensorSpec], samples: int, lengths: Lengths, module: nn.Module
+) -> dict[str, Any]:
+    """A collated micro-batch of ``samples`` for ``module``, which was built in a fake mode (or is real: so is this)."""
+    modes = [p.fake_mode for p in module.parameters() if isinstance(p, FakeTensor)]
+    batch: dict[str, Any] = {
+        "kind": kind,
+        "id": [f"sample {number}" for number in range(samples)],
+        "weight": torch.ones(samples),
+        "draw": torch.arange(samples),
+    }
+    for name, spec in columns.items():
+        if name in ("input_ids", "supervised"):
+            continue
+        shape = (samples, *(lengths.views if axis is None else axis for axis in spec.shape))
+        dtype = getattr(torch, spec.dtype)
+        if modes and math.prod(shape[1:]) > _REAL:
+            with modes[0]:
+                batch[name] = torch.zeros(shape, dtype=dtype)
+        else:
+            batch[name] = _plausible(name, shape, dtype)
+        if None in spec.shape:
+            batch[f"{name}_lengths"] = torch.full((samples, 1), lengths.views)
+    if "input_ids" in columns:
+        batch |= _text(kind, batch, samples, lengths, module)
+    return batch
+
+
+def _plausible(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Cameras that exist, and zeros; a depth is 1 m."""
+    if name in ("K", "pose"):
+        return torch.eye(shape[-1], dtype=dtype).expand(shape).contiguous()
+    return torch.ones(shape, dtype=dtype) if name == "depth" else torch.zeros(shape, dtype=dtype)
+
+
+def _text(
+    kind: str, batch: Mapping[str, Any], samples: int, lengths: Lengths, module: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Token ids with as many placeholders as the columns have patch tokens, and which are supervised."""
+    tokens = batch["tokens"].shape[1:-1]
+    patches, rays = math.prod(tokens), 0
+    length = lengths.tokens
+    if kind == "generation":
+        rays = patches
+        length = PROMPT_TOKENS + patches + rays
+    length = max(length, patches + rays + 2)
+    ids = torch.zeros((samples, length), dtype=torch.int64)
+    ids[:, :patches] = module.image_token_id
+    ids[:, patches : patches + rays] = module.ray_token_id
+    supervised = torch.zeros((samples, length), dtype=torch.bool)
+    if kind != "generation":
+        supervised[:, length - max(1, int(ANSWERED * (length - patches))) :] = True
+    return {"input_ids": ids, "supervised": supervised}

@@ -1,0 +1,124 @@
+"""Parts that earlier runs train: whether they are there, which run makes them, and their shapes before it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import EncoderConfig, RunConfig
+from configs.validate import ALLOWED, RECIPES
+from models.encoders.uniugg import PARTS, PartViT, TrainedPart
+from models.encoders.weights import RANDOM
+from models.errors import ModelError
+from models.pretrained import CONFIG, WEIGHTS
+from models.spec import TensorSpec
+
+#: Size of a recipe -> size of the parts that its first two phases train, by prefix of their registry names.
+SIZES: Mapping[str, Mapping[str, str]] = {
+    "uniugg-vit-": {"tiny": "tiny", "small": "small", "paper": "large"},
+    "mast3r-": {"tiny": "tiny", "small": "small", "paper": "large"},
+    "spatial-vae-": {"tiny": "tiny", "small": "small", "paper": "base"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """A frozen part: its parameters, the work of one input, and what it gives."""
+
+    parameters: int
+    flops: int
+    outputs: dict[str, TensorSpec]
+
+
+def is_there(settings: EncoderConfig) -> bool:
+    """Whether the weights are random or on this machine."""
+    return settings.weights == RANDOM or part_is_there(settings.weights)
+
+
+def part_is_there(folder: str) -> bool:
+    """Whether ``folder`` holds a part that a run has trained."""
+    path = Path(folder).expanduser()
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def run_of(folder: str, config: RunConfig) -> tuple[str, str] | None:
+    """(run, part) of the folder that ``run:NAME/PART`` stands for; None for any other folder."""
+    path, runs = Path(folder), Path(config.storage.root) / "runs"
+    if not path.is_relative_to(runs):
+        return None
+    name, *rest = path.relative_to(runs).parts
+    return (name, rest[1]) if len(rest) == 2 and rest[0] == "weights" else None
+
+
+def how_to_train(run: str) -> str:
+    """The command that makes a run of that name: its recipe and size where the name says them."""
+    recipe, _, size = run.rpartition("-")
+    if recipe in RECIPES and size in ALLOWED["size"]:
+        return f"loom3d train recipe={recipe} size={size}"
+    return f"loom3d train name={run} recipe=... size=..."
+
+
+def missing_part(key: str, folder: str, config: RunConfig) -> str:
+    """Why the run cannot start: ``key`` names a part that is not there, and what makes it."""
+    found = run_of(folder, config)
+    if found is None:
+        return (
+            f"{key}={folder} is not there: give a folder that holds {CONFIG} and {WEIGHTS} (the part of a run: "
+            f"run:NAME/PART), or start from {RANDOM}"
+        )
+    run, part = found
+    return f"{key}=run:{run}/{part} is not there ({folder}): train it first with `{how_to_train(run)}`"
+
+
+def describe(name: str, config: RunConfig, upstream: Mapping[str, TensorSpec] | None) -> PartCost:
+    """``encoders.<name>`` of a family that UniUGG trains; one that is not there yet is of the run's size.
+
+    ``upstream`` is what the encoder gives that it reads from. ModelError for a part that does not fit it.
+    """
+    settings = config.encoders[name]
+    if not is_there(settings):
+        prefix = PARTS[settings.family][0]
+        arch = {"model": prefix + SIZES[prefix][config.size]}
+        settings = dataclasses.replace(settings, weights=RANDOM, arch=arch, digest="")
+    if settings.upstream:
+        return _behind_vae(name, settings, upstream or {})
+    from services.features.encode import build_encoder
+
+    vit = build_encoder(name, dataclasses.replace(config, encoders={name: settings}))
+    assert isinstance(vit, PartViT), "families of trained parts that read pictures are ViTs"
+    return PartCost(parameters=vit.parameter_count(), flops=vit.flops_per_image(), outputs=dict(vit.outputs()))
+
+
+def _behind_vae(name: str, settings: EncoderConfig, upstream: Mapping[str, TensorSpec]) -> PartCost:
+    tokens = upstream["tokens"].shape if "tokens" in upstream else ()
+    if len(tokens) != 4:
+        raise ModelError(
+            f"encoders.{name} reads tokens (layers, h, w, C) of encoders.{settings.upstream}, got {tokens}"
+        )
+    _, rows, columns, channels = (int(axis or 0) for axis in tokens)
+    arch = {"channels": channels, **settings.arch} if settings.weights == RANDOM else settings.arch
+    part = TrainedPart(settings.family, settings.weights, arch, settings.seed)
+    latent = part.settings["latent_channels"]
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae: Any = part.make()
+        mean, _ = vae.encode(torch.empty(1, rows, columns, part.settings["channels"]))
+        if settings.family == "uniugg_reconstruction":
+            vae.decode(mean)
+    assert isinstance(vae, nn.Module), "a registry entry builds a module"
+    if settings.family == "uniugg_vae":
+        shape = (latent, 2 * rows, 2 * columns)
+        outputs = {output: TensorSpec(shape=shape, dtype="float32") for output in ("mean", "logvar")}
+    else:
+        outputs = {
+            output: TensorSpec(shape=upstream[output].shape, dtype=settings.dtype) for output in ("tokens", "summary")
+        }
+    return PartCost(
+        parameters=sum(p.numel() for p in vae.parameters()), flops=int(counter.get_total_flops()), outputs=outputs
+    )
