@@ -7,6 +7,7 @@ LayerScale, which RADIOv2.5 does not have and which that class holds as a factor
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from models import draws
 from models.checkpoints import Part
-from models.errors import ModelError
+from models.errors import ModelError, WeightsError
 from models.spec import ModelSpec
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -144,15 +145,37 @@ class StudentViT(nn.Module):
         return names
 
     def adapt_reference(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A published state dict without the prefixes of its wrappers (``radio_model.``; torch hub ``base_model.``)."""
+        """A state dict under RADIO's names, from what its wrappers or transformers make of them.
+
+        Wrappers add a prefix (``radio_model.``; torch hub ``base_model.``); transformers renames and splits.
+        WeightsError for a LayerScale that is not 1, which this network does not have.
+        """
         prefixes = (("radio_model.", ""), ("base_model.", "model."))
-        renamed = {}
+        renamed: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
             for prefix, instead in prefixes:
                 if name.startswith(prefix):
                     name = instead + name.removeprefix(prefix)
+            if "layer_scale" in name and not tensor.is_meta and not bool((tensor == 1).all()):
+                raise WeightsError(f"{name} is not 1: these weights are of a network with LayerScale, not RADIOv2.5")
             renamed[name] = tensor
-        return renamed
+        return self._join(renamed) if "embeddings.patch_projection.weight" in renamed else renamed
+
+    def _join(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From transformers' names to RADIO's; queries, keys and values become one tensor again."""
+        names = {
+            re.sub(r"^layers\.", "encoder.layer.", ours): theirs for ours, theirs in self.reference_names().items()
+        }
+        joined: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            theirs = names.get(name, name)
+            if isinstance(theirs, str):
+                joined[theirs] = tensor
+            elif theirs.index == 0:
+                parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+                if all(part in state for part in parts):  # otherwise the whole is reported as missing
+                    joined[theirs.name] = torch.cat([state[part] for part in parts])
+        return joined
 
 
 def random_viewports(numbers: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ def colour_terms(predicted: Tensor, image: Tensor, *, lpips: float, ssim_weight:
     guess, true = predicted.float().permute(0, 3, 1, 2), image.permute(0, 3, 1, 2).float() / 255
     loss = (guess - true).abs().mean((1, 2, 3))
     if lpips and lpips_weights:
-        loss = loss + lpips * _lpips(lpips_weights, guess.device)(guess, true)
+        # The network inside: the ranges are known here, and looking at them would wait for the device.
+        network = _lpips(lpips_weights, guess.device).network
+        loss = loss + lpips * network(guess * 2 - 1, true * 2 - 1).flatten()
     if ssim_weight:
         loss = loss + ssim_weight * (1 - ssim(guess, true).float())
     return loss

@@ -85,6 +85,17 @@ def test_published_weights_give_transformers_features(vit: StudentViT) -> None:
         expected = reference(image.permute(0, 3, 1, 2) / 255)
     torch.testing.assert_close(got.tokens.flatten(1, 2), expected.features, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.summary.flatten(1), expected.summary, rtol=1e-5, atol=1e-5)
+    again = models.build("uniugg-vit-tiny", **vit.settings)
+    models.load_reference(again, reference.state_dict())
+    assert all(torch.equal(one, two) for one, two in zip(again.parameters(), vit.parameters(), strict=True))
+    scaled = reference.state_dict() | {"encoder.layer.0.layer_scale1.lambda1": torch.full((24,), 0.5)}
+    with pytest.raises(WeightsError, match=r"layer_scale1\.lambda1 is not 1"):
+        models.load_reference(again, scaled)
+    partial = {
+        name: tensor for name, tensor in reference.state_dict().items() if not name.endswith("1.attention.v_proj.bias")
+    }
+    with pytest.raises(WeightsError, match=r"missing \(1\): model\.blocks\.1\.attn\.qkv\.bias"):
+        models.load_reference(again, partial)
     assert got.tokens.shape == (2, 3, 5, 24)
     assert got.prefix.shape == (2, 8, 24)
 
