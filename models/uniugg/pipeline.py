@@ -76,6 +76,7 @@ class Pipeline:
         size: height and width of the pictures, multiples of the patch.
         translation_scale: as the LLM was trained: metres | depth.
         imagines: views will be imagined; without, the encoder and the LLM are enough to be asked about pictures.
+        sees: pictures will be looked at; without, no encoder is needed, and all is done from tokens.
     """
 
     def __init__(
@@ -86,22 +87,24 @@ class Pipeline:
         size: tuple[int, int],
         translation_scale: str = "metres",
         imagines: bool = True,
+        sees: bool = True,
     ) -> None:
         for name, kind in PARTS.items():
             if name in parts and not isinstance(parts[name], kind):
                 raise WeightsError(f"part {name!r} must be a {kind.__name__}, got a {type(parts[name]).__name__}")
-        missing = [name for name in needed(parts.get("llm"), imagines) if name not in parts]
+        wanted = needed(parts.get("llm"), imagines)
+        missing = [name for name in wanted if name not in parts and (sees or name != "encoder")]
         if missing:
             wish = "imagine views" if imagines else "answer questions"
             raise WeightsError(f"to {wish}, the parts {missing} are missing; train them, or give their folders")
         modules: dict[str, Any] = {name: module.eval() for name, module in parts.items()}
-        self.encoder: StudentViT = modules["encoder"]
+        self.encoder: StudentViT | None = modules.get("encoder")
         self.spatial_decoder: SpatialDecoder | None = modules.get("spatial_decoder")
         self.llm: UniuggLLM = modules["llm"]
         self.vae: SpatialVae | None = modules.get("vae")
         self.diffusion: ConditionedUNet | None = modules.get("diffusion")
-        if size[0] % self.encoder.patch or size[1] % self.encoder.patch:
-            raise ModelError(f"size={size} must be multiples of the patch, {self.encoder.patch}")
+        if size[0] % self.llm.patch or size[1] % self.llm.patch:
+            raise ModelError(f"size={size} must be multiples of the patch, {self.llm.patch}")
         self.prompt, self.size, self.translation_scale = list(prompt), size, translation_scale
         self.device = next(self.llm.parameters()).device
 
@@ -143,6 +146,8 @@ class Pipeline:
     @torch.no_grad()
     def see(self, images: np.ndarray | Tensor) -> Tensor:
         """Pictures uint8 (B, H, W, 3) of ``size`` -> patch tokens (B, h, w, C)."""
+        if self.encoder is None:
+            raise WeightsError("this pipeline was opened without an encoder, for tokens; it sees no pictures")
         return self.encoder(normalise(torch.as_tensor(images).to(self.device))).tokens
 
     # -- imagining -------------------------------------------------------------------------------------------

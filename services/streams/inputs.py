@@ -6,6 +6,7 @@ else to know what a sample needs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from configs import ConfigError, RunConfig
 from configs.validate import ROLES
 
 ALL, CONTEXT, TARGET = "all", "context", "target"
+
+JUDGE = "judge"
+"""In the place of a role: what a recipe is judged by, where that is more than what its roles train on."""
 
 _ITEM_KINDS = frozenset({"item", "conversation"})
 _VIEW_AXES: Mapping[str, tuple[int | None, ...]] = {"view": (), "pair": (2,), "generation": (2,)}
@@ -107,10 +111,10 @@ def _uniugg_vae(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa:
     return {"pair": KindInputs(features=(vit,), targets=_PAIR_TARGETS, size=_encoder_size(config, "vit"))}
 
 
-def _conversation(config: RunConfig) -> KindInputs:
-    """Image tokens and text; a share of the conversations sees what the VAE makes of the tokens."""
+def _conversation(config: RunConfig, role: str) -> KindInputs:
+    """Image tokens and text; while training, a share of the conversations sees what the VAE makes of the tokens."""
     size, share = _encoder_size(config, "vit"), config.recipe.uniugg.reconstruction_share
-    instead = "reconstruction" if share > 0 and config.recipe.name in _WITH_VAE else ""
+    instead = "reconstruction" if share > 0 and config.recipe.name in _WITH_VAE and role != JUDGE else ""
     if instead:
         _encoder_size(config, instead)
     vit = FeatureInput(encoder="vit", columns={"tokens": "tokens"}, instead=instead, share=share if instead else 0.0)
@@ -129,23 +133,34 @@ def _reference(config: RunConfig, *more: FeatureInput) -> KindInputs:
     return KindInputs(features=(context, *more), targets=targets, size=_encoder_size(config, "vit"), text=True)
 
 
-def _uniugg_align(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
-    return {"conversation": _conversation(config)}
+def _judged(config: RunConfig, *more: FeatureInput) -> KindInputs:
+    """A generation sample as it is judged: the reference as the LLM reads it, and all that is known of both views."""
+    reference = _reference(config, *more, _TARGET_TOKENS)
+    return dataclasses.replace(reference, targets=("image", "depth", "camera"))
+
+
+_TARGET_TOKENS = FeatureInput(encoder="vit", columns={"tokens": "target_tokens"}, views=TARGET, stacked=False)
+
+
+def _uniugg_align(config: RunConfig, role: str) -> dict[str, KindInputs]:
+    return {"conversation": _conversation(config, role)}
 
 
 def _uniugg_joint(config: RunConfig, role: str) -> dict[str, KindInputs]:
     """P3, stages ii and iii: the reference goes through the LLM, the target is what the diffusion learns."""
     if role == "llm":
-        return {"generation": _reference(config), "conversation": _conversation(config)}
+        return {"generation": _reference(config), "conversation": _conversation(config, role)}
     _encoder_size(config, "vae")
     target = FeatureInput(encoder="vae", columns={"mean": "mean", "logvar": "logvar"}, views=TARGET, stacked=False)
+    if role == JUDGE:
+        return {"generation": _judged(config, target), "conversation": _conversation(config, role)}
     return {"generation": KindInputs(features=(target,), size=_encoder_size(config, "vit"))}
 
 
-def _uniugg_direct(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
+def _uniugg_direct(config: RunConfig, role: str) -> dict[str, KindInputs]:
     """The variant without VAE and diffusion: the LLM regresses the target view's tokens."""
-    target = FeatureInput(encoder="vit", columns={"tokens": "target_tokens"}, views=TARGET, stacked=False)
-    return {"generation": _reference(config, target), "conversation": _conversation(config)}
+    reference = _judged(config) if role == JUDGE else _reference(config, _TARGET_TOKENS)
+    return {"generation": reference, "conversation": _conversation(config, role)}
 
 
 #: Recipe -> (config, role) -> inputs by kind.
