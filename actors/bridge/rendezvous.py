@@ -7,6 +7,7 @@ ends; it can never meet the others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import socket
 import sys
@@ -28,6 +29,7 @@ from actors.bridge.liveness import Liveness
 from actors.bridge.transport import POLL_S, Transport
 from actors.trainers.backends.base import Backend
 from configs import ConfigError, RunConfig
+from configs.schema import BridgeConfig
 from models.spec import EdgeSpec
 from services.errors import LoomError, PeerLostError, ServiceError
 
@@ -126,17 +128,39 @@ def connect(
     """
     if roles.get(role) != world_size:
         raise ConfigError(f"role {role} has {world_size} ranks here, {roles.get(role)} in the run's plan {dict(roles)}")
-    bridge = config.bridge
     place, places = place_of(roles, role, rank), sum(roles.values())
     names = [rank_name(name, number) for name, ranks in roles.items() for number in range(ranks)]
-    start_s = bridge.phase_s.get("start", bridge.phase_s["other"])
-    store, beats = _client(address), _client(address)
+    store = _client(address)
     _check_generation(store, generation, names[place])
     mine = dist.PrefixStore(f"generation-{generation}", store)
     if mine.add(f"claim/{place}", 1) > 1:
         raise PeerLostError(
             f"{names[place]} of generation {generation} is there already; restart with a new generation"
         )
+    liveness = _liveness(config.bridge, address, generation, place, names)
+    with _told(liveness):
+        start_s = config.bridge.phase_s.get("start", config.bridge.phase_s["other"])
+        facts = _meet(mine, place, names, _facts(backend.device), start_s, lambda: _newest(store), generation)
+        make = functools.partial(
+            _transport, config.bridge, address, mine, place, liveness, facts, backend.device, start_s, mailbox
+        )
+        transport = _watched(make, liveness, [p for p in range(places) if p != place])
+    return Link(
+        transport,
+        role=role,
+        rank=rank,
+        roles=roles,
+        edges=edges,
+        window=config.bridge.window,
+        generation=generation,
+        liveness=liveness,
+        device=backend.device,
+    )
+
+
+def _liveness(bridge: BridgeConfig, address: str, generation: int, place: int, names: Sequence[str]) -> Liveness:
+    """Heartbeats over a connection of their own: a store answers one question of a client at a time."""
+    beats = _client(address)
     liveness = Liveness(
         StoreBoard(dist.PrefixStore(f"generation-{generation}/beat", beats)),
         place,
@@ -148,39 +172,37 @@ def connect(
         newest=lambda: int(beats.get(_GENERATION)),
     )
     liveness.start()
-    with _told(liveness):
-        facts = _meet(mine, place, names, _facts(backend.device), start_s, lambda: _newest(store), generation)
+    return liveness
 
-        def make() -> Transport:
-            if bridge.transport == "objects":
-                if mailbox is None:
-                    raise ConfigError("bridge.transport=objects needs the mailbox actor of this generation")
-                from actors.bridge.mailbox import MailboxTransport
 
-                return MailboxTransport(mailbox, place, places, liveness, device=backend.device)
-            return GroupTransport(
-                dist.PrefixStore("group", mine),
-                place,
-                places,
-                liveness,
-                device=backend.device,
-                start_s=start_s,
-                timeout_s=bridge.timeout_s,
-                loopback=address.rpartition(":")[0] in ("127.0.0.1", "localhost"),
-                nccl=_own_gpus(facts),
-            )
+def _transport(
+    bridge: BridgeConfig,
+    address: str,
+    store: dist.Store,
+    place: int,
+    liveness: Liveness,
+    facts: Sequence[Mapping[str, str]],
+    device: torch.device,
+    start_s: float,
+    mailbox: Any,
+) -> Transport:
+    """What ``bridge.transport`` chooses; ``facts`` has an entry for every place."""
+    if bridge.transport == "objects":
+        if mailbox is None:
+            raise ConfigError("bridge.transport=objects needs the mailbox actor of this generation")
+        from actors.bridge.mailbox import MailboxTransport
 
-        transport = _watched(make, liveness, [p for p in range(places) if p != place])
-    return Link(
-        transport,
-        role=role,
-        rank=rank,
-        roles=roles,
-        edges=edges,
-        window=bridge.window,
-        generation=generation,
-        liveness=liveness,
-        device=backend.device,
+        return MailboxTransport(mailbox, place, len(facts), liveness, device=device)
+    return GroupTransport(
+        dist.PrefixStore("group", store),
+        place,
+        len(facts),
+        liveness,
+        device=device,
+        start_s=start_s,
+        timeout_s=bridge.timeout_s,
+        loopback=address.rpartition(":")[0] in ("127.0.0.1", "localhost"),
+        nccl=_own_gpus(facts),
     )
 
 

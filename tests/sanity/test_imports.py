@@ -30,6 +30,7 @@ CONFINED = {
         "services/streams/pipeline.py",
         "services/features/pool.py",
         "actors/driver.py",
+        "actors/bridge/mailbox.py",
         "actors/trainers/worker.py",
     ),
     "deepspeed": ("actors/trainers/backends/zero.py",),
