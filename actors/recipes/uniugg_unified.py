@@ -16,7 +16,7 @@ from torch import nn
 
 from actors.recipes.base import Built, Facts, Part, Recipe, seeded
 from configs import ConfigError
-from models.errors import ModelError
+from models.encoders.weights import RANDOM, is_here
 from models.pretrained import describe_pretrained, load_part, read_pretrained
 from models.registry import build, spec
 from models.spec import RoleSpec
@@ -96,32 +96,30 @@ class UnifiedRecipe(Recipe):
 
     def _overrides(self, role: str, facts: Facts) -> dict[str, Any]:
         """Settings of the model that follow from the run's tokenizer, encoders and weights, under the config's own."""
-        given: dict[str, Any] = {}
-        for learn in (self._tokens, self._latents if role == DIFFUSION else self._grid):
-            try:
-                given |= learn(facts)
-            except (ModelError, WeightsError):
-                if not facts.assume:
-                    raise
+        given = self._tokens(facts)
+        given |= self._grid(facts) if role == LLM else self._latents(facts)
         return {**given, **self.config.model.overrides}
 
-    def _tokens(self, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
+    def _tokens(self, facts: Facts) -> dict[str, Any]:
         """Placeholders and size of the vocabulary by the run's tokenizer, and the language model of its weights."""
-        from models.text.tokenizer import IMAGE, RAYMAP, check_fits, load_tokenizer, token_id
+        from models.text.tokenizer import BYTES, IMAGE, RAYMAP, check_fits, load_tokenizer, token_id
 
-        tokenizer = load_tokenizer(self.config.data.text.tokenizer)
+        name, language = self.config.data.text.tokenizer, self.config.model.init.get("language", RANDOM)
+        if name != BYTES and not _readable(name, facts):
+            return {}
+        tokenizer = load_tokenizer(name)
         vocabulary = max(int(spec(self.config.model.name).defaults["vocab_size"]), len(tokenizer))
         given: dict[str, Any] = {
             "vocab_size": vocabulary,
             "image_token_id": token_id(tokenizer, IMAGE),
             "ray_token_id": token_id(tokenizer, RAYMAP),
         }
-        if "language" in self.config.model.init:
+        if _readable(language, facts):
             from models.uniugg.language import language_settings
 
-            language = language_settings(self.config.model.init["language"])
-            given["vocab_size"] = max(int(language.pop("vocab_size")), len(tokenizer))
-            given["llm"] = {"language": language}
+            settings = language_settings(language)
+            given["vocab_size"] = max(int(settings.pop("vocab_size")), len(tokenizer))
+            given["llm"] = {"language": settings}
         check_fits(tokenizer, {**given, **self.config.model.overrides}["vocab_size"])
         return given
 
@@ -130,16 +128,17 @@ class UnifiedRecipe(Recipe):
         _, rows, _, channels = (int(axis or 0) for axis in facts.outputs("vit")["tokens"].shape)
         return {"channels": channels, "patch": self.config.encoders["vit"].height // rows}
 
-    def _latents(self, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
-        """Latents as the VAE left them, and the width of the language model that conditions the diffusion."""
-        return {**_latents(self.config.encoders["vae"].weights), **self._language_width()}
-
-    def _language_width(self) -> dict[str, Any]:
-        """The language model of the part that the LLM starts from: the diffusion is made for its width."""
-        start = self.config.model.init.get("llm", "random")
-        if start == "random":
-            return {}
-        return {"llm": {"language": describe_pretrained(start)["settings"]["language"]}}
+    def _latents(self, facts: Facts) -> dict[str, Any]:
+        """Latents as the VAE left them, and the width of the language model that the LLM starts from."""
+        given: dict[str, Any] = {"latent_channels": facts.outputs("vae")["mean"].shape[0]}
+        vae, start = self.config.encoders["vae"].weights, self.config.model.init.get("llm", RANDOM)
+        if _readable(vae, facts):
+            given |= _latents(vae)
+        if _readable(start, facts):
+            described = describe_pretrained(start)
+            settings = {**spec(described["model"]).defaults, **described["settings"]}
+            given["llm"] = {"language": settings["language"]}
+        return given
 
     def _check_init(self) -> None:
         known = [key for role in self.roles for key in _INIT[role]]
@@ -165,6 +164,11 @@ class UnifiedRecipe(Recipe):
                 load_unet(module, init[network])
         if part in init:
             load_part(module, init[part], new=("head.*",) if self.is_direct else ())
+
+
+def _readable(weights: str, facts: Facts) -> bool:
+    """Whether there are weights to read settings from."""
+    return weights != RANDOM and (not facts.assume or is_here(weights))
 
 
 def _latents(folder: str) -> dict[str, Any]:

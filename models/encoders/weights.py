@@ -56,6 +56,22 @@ def resolve_folder(weights: str) -> Path:
     return Path(found)
 
 
+def is_here(weights: str) -> bool:
+    """Whether ``weights`` (a folder, a file, a hub name) are on this machine, or random; nothing is downloaded."""
+    path = Path(weights).expanduser()
+    if weights == RANDOM or path.exists():
+        return True
+    if path.is_absolute() or weights.startswith((".", "~")):
+        return False
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(weights, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a weights folder. WeightsError names the file that is missing or broken."""
     try:
