@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.bridge.schedule import source_schedule
 from configs.schema import BackendConfig, TrainerConfig
 from models.spec import RoleSpec, StepOutput
 
@@ -81,19 +82,16 @@ def inputs(step: int, micro: int, rank: int, world: int) -> tuple[Tensor, Tensor
 
 
 def micro_batches(module: nn.Module, backward: Any, kinds: str, window: int, step: int, rank: int, world: int) -> None:
-    """One step: forwards in order, the backward of a ``g`` up to ``window`` micro-batches after its forward."""
-    pending: list[tuple[Tensor, Tensor]] = []
-    for micro, kind in enumerate(kinds):
-        x, back = inputs(step, micro, rank, world)
-        out = module(x, kind)
-        if kind == "g":
-            pending.append((out, back))
-            if len(pending) > window - 1:
-                backward(None, [pending.pop(0)])
+    """One step in the order in which the role that sends activations makes its forwards and backwards."""
+    outputs: dict[int, Tensor] = {}
+    for op in source_schedule(kinds, "g", window):
+        x, back = inputs(step, op.micro, rank, world)
+        if op.action == "forward":
+            outputs[op.micro] = module(x, kinds[op.micro])
+        elif kinds[op.micro] == "g":
+            backward(None, [(outputs.pop(op.micro), back)])
         else:
-            backward(out.square().sum() / BATCH, ())
-    for edge in pending:
-        backward(None, [edge])
+            backward(outputs.pop(op.micro).square().sum() / BATCH, ())
 
 
 def oracle(kinds: str, config: TrainerConfig = CONFIG, steps: int = STEPS) -> dict[str, Any]:
