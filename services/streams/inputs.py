@@ -18,6 +18,7 @@ ALL, CONTEXT, TARGET = "all", "context", "target"
 JUDGE = "judge"
 """In the place of a role: what a recipe is judged by, where that is more than what its roles train on."""
 
+_AUGMENTED = frozenset({"pair", "view", "item"})
 _ITEM_KINDS = frozenset({"item", "conversation"})
 _VIEW_AXES: Mapping[str, tuple[int | None, ...]] = {"view": (), "pair": (2,), "generation": (2,)}
 
@@ -223,7 +224,7 @@ def augmented_kinds(config: RunConfig, inputs: Inputs) -> frozenset[str]:
 
     What frozen encoders make of them is then made anew each time, from the changed pictures, and not cached.
     """
-    with_pixels = frozenset(kind for kind, made in inputs.items() if "image" in made.targets)
+    with_pixels = frozenset(kind for kind in _AUGMENTED if kind in inputs and "image" in inputs[kind].targets)
     if not with_pixels:
         return with_pixels
     from services.data.augment import Augment
