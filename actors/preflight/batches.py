@@ -79,9 +79,10 @@ def _text(
         rays = patches
         length = PROMPT_TOKENS + patches + rays
     length = max(length, patches + rays + 2)
+    marks: Any = module  # a model that reads text knows its placeholders
     ids = torch.zeros((samples, length), dtype=torch.int64)
-    ids[:, :patches] = module.image_token_id
-    ids[:, patches : patches + rays] = module.ray_token_id
+    ids[:, :patches] = marks.image_token_id
+    ids[:, patches : patches + rays] = marks.ray_token_id
     supervised = torch.zeros((samples, length), dtype=torch.bool)
     if kind != "generation":
         supervised[:, length - max(1, int(ANSWERED * (length - patches))) :] = True

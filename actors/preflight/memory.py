@@ -198,18 +198,17 @@ def spread(
     """
     if workers == 1 or backend in ("single", "ddp"):
         return cost
-    share = 1 / workers
-    copy = cost.gradients
+    weights, optimiser = cost.weights, cost.optimiser
     if backend == "zero2":
-        weights, optimiser = cost.weights, (cost.optimiser + copy) * share
+        optimiser += cost.gradients
     elif backend == "zero3":
-        weights = cost.weights * share + min(cost.weights, 4 * _ZERO3_LIVE)
-        optimiser = (cost.optimiser + copy) * share
+        weights = weights // workers + min(weights, 4 * _ZERO3_LIVE)
+        optimiser += cost.gradients
     else:
-        gathered = 2 * _largest_block(module, role) if reshard else cost.weights
-        weights, optimiser = cost.weights * share + min(gathered, cost.weights), cost.optimiser * share
+        gathered = 2 * _largest_block(module, role) if reshard else weights
+        weights = weights // workers + min(gathered, weights)
     return dataclasses.replace(
-        cost, weights=int(weights), gradients=int(cost.gradients * share), optimiser=int(optimiser)
+        cost, weights=weights, gradients=cost.gradients // workers, optimiser=optimiser // workers
     )
 
 

@@ -160,9 +160,9 @@ class Recipe(ABC):
         """Settings from which :meth:`rebuild` makes the module of ``role``, before anything was read or trained."""
         return {**spec(self.config.model.name).defaults, **self.config.model.overrides}
 
-    @abstractmethod
-    def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:
+    def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
         """The module of ``role`` for this run's data, with weights that depend on the seed and ``model.init`` alone."""
+        return self.rebuild(role, self.describe(role, Facts.of(feed)))
 
     @abstractmethod
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:

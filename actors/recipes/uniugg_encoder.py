@@ -23,7 +23,6 @@ from services.errors import WeightsError
 
 if TYPE_CHECKING:
     from actors.trainers.feed import Feed
-    from services.streams.plan import EpochPlan
 
 _INIT = ("encoder", "spatial_decoder", "mast3r")
 
@@ -59,19 +58,10 @@ class EncoderRecipe(Recipe):
         return ("confidence", "matching", "rgb", "semantic_tokens", "semantic_summary")
 
     def describe(self, role: str, facts: Facts) -> dict[str, Any]:
-        """The size's settings. ConfigError when the student's tokens could not be compared with the teacher's."""
+        """A student with the teacher's channels. ConfigError when its tokens could not be compared with the teacher's."""
         settings = super().describe(role, facts)
         self._check_teacher(facts, settings)
         return settings
-
-    def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
-        """A student with the teacher's channels, at random or from ``model.init``.
-
-        ConfigError when the student's tokens could not be compared with the teacher's.
-        """
-        settings = {**spec(self.config.model.name).defaults, **self.config.model.overrides}
-        self._check_teacher(feed, settings)
-        return self.rebuild(role, settings)
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: D102
         with seeded(self.config.seed):

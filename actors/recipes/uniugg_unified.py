@@ -27,7 +27,6 @@ from services.errors import WeightsError
 
 if TYPE_CHECKING:
     from actors.trainers.feed import Feed
-    from services.streams.plan import EpochPlan
 
 _INIT = {LLM: ("llm", "language"), DIFFUSION: ("diffusion", "unet")}
 """Keys of ``model.init`` by role: the role as another run trained it, or public weights of its network."""
@@ -51,10 +50,6 @@ class UnifiedRecipe(Recipe):
         self._check_init()
         name, settings = part_settings(self.config.model.name, self._overrides(role, facts))[role]
         return {"model": name, "settings": settings}
-
-    def build(self, role: str, feed: Feed, plan: EpochPlan) -> Built:  # noqa: ARG002
-        """The role's module for the run's tokenizer, encoder and latents; weights by the seed and ``model.init``."""
-        return self.rebuild(role, self.describe(role, Facts.of(feed)))
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: D102
         with seeded(self.config.seed):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from actors.recipes.base import Built, Facts, Part, Recipe, every_batch, kept_rows, seeded
 from actors.recipes.uniugg_encoder import spatial_objective
 from configs import ConfigError
-from models.encoders.weights import RANDOM
-from models.errors import WeightsError
+from models.encoders.weights import RANDOM, is_here
 from models.pretrained import describe_pretrained, load_part
 from models.registry import build, spec
 from models.uniugg.latent import PAIR, LatentModel, LatentObjective, pair_tokens
@@ -36,12 +35,9 @@ class VaeRecipe(Recipe):
 
     def describe(self, role: str, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
         """Both parts' settings: a VAE for the ViT's channels, and the decoder that the run starts from."""
-        start, decoder = self.config.model.init.get("spatial_decoder", RANDOM), {}
-        try:
-            decoder = {} if start == RANDOM else describe_pretrained(start)["settings"]
-        except WeightsError:
-            if not facts.assume:
-                raise
+        start = self.config.model.init.get("spatial_decoder", RANDOM)
+        unread = start == RANDOM or (facts.assume and not is_here(start))
+        decoder = {} if unread else describe_pretrained(start)["settings"]
         return {
             "vae": {"channels": facts.outputs("vit")["tokens"].shape[-1]},
             "spatial_decoder": decoder,
