@@ -222,7 +222,7 @@ class TrainLoop:
 
     def _forward(self, loaded: LoadedStep, index: int, sums: dict[str, float]) -> _Pass:
         micro_batch = loaded.micro_batches[index]
-        micro = _micro(loaded.step, index, micro_batch)
+        micro = _micro(loaded.step, micro_batch)
         batch = to_device(micro_batch.batch, self.backend.device)
         with events.span("receive", step=loaded.step, micro=index) if self.link.joint else nullcontext():
             received = self.link.receive(micro)
@@ -247,7 +247,7 @@ class TrainLoop:
         for index, micro_batch in enumerate(loaded.micro_batches):
             if self.role.takes_part(micro_batch.kind):
                 self.link.phase("forward", loaded.step, index)
-                yield _micro(loaded.step, index, micro_batch), to_device(micro_batch.batch, self.backend.device)
+                yield _micro(loaded.step, micro_batch), to_device(micro_batch.batch, self.backend.device)
 
     def _ask(self) -> Directive | None:
         """The coordinating rank's directive; None where nobody gives any."""
@@ -415,11 +415,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _micro(step: int, index: int, micro_batch: LoadedMicroBatch) -> Micro:
+def _micro(step: int, micro_batch: LoadedMicroBatch) -> Micro:
+    """Numbered as in the plan: a role that reads fewer kinds has fewer micro-batches."""
     weight = micro_batch.batch.get("weight")
     return Micro(
         step=step,
-        index=index,
+        index=micro_batch.index,
         kind=micro_batch.kind,
         ids=tuple(sample.id for sample in micro_batch.samples),
         zero=() if weight is None else tuple(value == 0 for value in weight.tolist()),

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models import registry
@@ -43,7 +44,16 @@ def llm_step(
     assert not received, "nothing comes to the LLM"
     assert objective is not None, "bind the objective first"
     out = module(batch, translation_scale=objective.translation_scale)
-    return StepOutput(sums={"ce": out["ce"]}, outputs={CONDITION: out[CONDITION]} if CONDITION in out else {})
+    return StepOutput(sums={"ce": out["ce"]}, outputs=_crossing(out))
+
+
+def _crossing(out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The condition (B, queries, width) with its lengths: all queries of every sample, none is padding."""
+    if CONDITION not in out:
+        return {}
+    condition = out[CONDITION]
+    lengths = torch.tensor(condition.shape[1:]).expand(len(condition), 2)
+    return {CONDITION: condition, f"{CONDITION}_lengths": lengths}
 
 
 def llm_counts(batch: Batch, **_: object) -> dict[str, float]:

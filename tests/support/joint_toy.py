@@ -133,7 +133,7 @@ def joint_step(step: int, kinds: str, *, rank: int = 0, world: int = 1) -> Step:
         rows = slice(rank * share, (rank + 1) * share)
         samples = tuple(Sample(f"toy/{step}/{index}#{i}") for i in range(BATCH)[rows])
         batch = {name: value[rows].clone() for name, value in data.items()} | {"kind": kind}
-        parts.append(MicroBatch(batch, samples, kind))
+        parts.append(MicroBatch(batch, samples, kind, index))
     return Step(step, parts)
 
 

@@ -55,6 +55,7 @@ class MicroBatch:
     batch: dict[str, Any]
     samples: tuple[Sample, ...]
     kind: str = "toy"
+    index: int = 0
 
 
 @dataclass
@@ -83,7 +84,7 @@ def toy_step_of(step: int, *, micro_batches: int = 1, size: int = 8, rank: int =
         begin = index * per + rank * share
         rows = slice(begin, begin + share)
         samples = tuple(Sample(f"toy/{step}#{i}") for i in range(begin, begin + share))
-        parts.append(MicroBatch({k: v[rows] for k, v in data.items()}, samples))
+        parts.append(MicroBatch({k: v[rows] for k, v in data.items()}, samples, index=index))
     return Step(step, parts)
 
 
