@@ -55,6 +55,25 @@ class Verb:
 
 _ENCODER = _option("--encoder", metavar="NAME", default="", help="key under `encoders` (default: the recipe's)")
 _JSON = _option("--json", action="store_true", help="print JSON instead of tables")
+_RUN = _option("--run", metavar="RUN", default="", help="folder or name of a run (default: the one that name= says)")
+_USED = (
+    _option("--view", metavar="N", type=int, help="view of the scene that --image names"),
+    _option(
+        "--pose", metavar="FILE", default="", help="4x4 of the imagined camera in the reference's frame, JSON/text"
+    ),
+    _option("--yaw", metavar="DEG", type=float, help="turn the camera to the right"),
+    _option("--pitch", metavar="DEG", type=float, help="turn it upward"),
+    _option("--roll", metavar="DEG", type=float, help="turn it clockwise about its axis"),
+    _option("--move", metavar="X,Y,Z", default="", help="move it, metres right, down, ahead; write --move=-0.5,0,0"),
+    _option(
+        "--trajectory", metavar="WHAT", default="", help="orbit | sweep (generate.frames, .angle), or a file of poses"
+    ),
+    _option("--target-view", metavar="N", type=int, help="the pose of another view of the scene"),
+    _option(
+        "--part", metavar="NAME=FOLDER", action="append", default=[], help="use this part instead (may be repeated)"
+    ),
+    _option("--device", metavar="NAME", default="", help="where to compute (default: cuda where there is one)"),
+)
 
 VERBS: Mapping[str, Verb] = {
     "train": Verb(commands.train, "train a model; resumes a run of the same name"),
@@ -65,6 +84,38 @@ VERBS: Mapping[str, Verb] = {
             _JSON,
             _option("--rates", metavar="RUN", help="run folder whose measured rates replace the configured ones"),
             _option("--address", metavar="ADDRESS", help="take the nodes from this running cluster"),
+        ),
+    ),
+    "generate": Verb(
+        commands.generate,
+        "imagine what another camera sees: points, depth, pictures, a page that turns",
+        (
+            _RUN,
+            _option("--image", metavar="IMAGE", required=True, help="picture file, or SOURCE/SCENE[:VIEW] of the data"),
+            *_USED,
+            _option("--out", metavar="FOLDER", help="write here (default: <run>/generated/IMAGE)"),
+        ),
+    ),
+    "ask": Verb(
+        commands.ask,
+        "answer questions about pictures, or about an imagined view",
+        (
+            _RUN,
+            _option(
+                "--image",
+                metavar="IMAGE",
+                action="append",
+                required=True,
+                help="picture file, or SOURCE/SCENE[:VIEW,VIEW] of the data (may be repeated)",
+            ),
+            _option("--question", metavar="TEXT", action="append", default=[], help="what to ask (may be repeated)"),
+            _option("--questions", metavar="FILE", default="", help="questions, one a line"),
+            _option("--caption", action="store_true", help="ask for a description"),
+            _option("--imagine", action="store_true", help="ask about the view from another camera"),
+            _option("--after-reference", action="store_true", help="show the reference before the imagined view"),
+            *_USED,
+            _JSON,
+            _option("--out", metavar="FILE", help="write the answers here (default: <run>/asked/IMAGE.json)"),
         ),
     ),
     "data make": Verb(

@@ -44,6 +44,38 @@ def plan(args: argparse.Namespace) -> int:
     return 0 if result.fits else 1
 
 
+def generate(args: argparse.Namespace) -> int:
+    """Imagine views; status 1 when none of them shows anything."""
+    from actors import generate as verb
+
+    made = verb.run(args)
+    for view in made.metadata["views"]:
+        print(
+            f"view {view['files']}: turned {view['angle_degrees']:.1f} degrees, moved {view['distance_metres']:.2f} m, "
+            f"covered {view['coverage']:.0%}, of it seen before {view['overlap']:.0%}"
+        )
+    for remark in made.remarks:
+        print(f"note: {remark}")
+    print(f"page     {made.folder / verb.PAGE}")
+    return 1 if made.sees_nothing else 0
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Answer questions about pictures or imagined views."""
+    from actors import ask as verb
+
+    path, asked = verb.run(args)
+    if args.json:
+        print(json.dumps([part.as_dict() for part in asked], indent=2))
+        return 0
+    for part in asked:
+        print(f"about {', '.join(part.views)}")
+        for found in part.answers:
+            print(f"  Q  {found.question}\n  A  {found.answer}")
+    print(f"answers  {path}")
+    return 0
+
+
 def config_show(args: argparse.Namespace) -> int:
     """Print the composed configuration."""
     import configs

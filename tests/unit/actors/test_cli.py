@@ -16,10 +16,30 @@ from services.errors import DataError
 
 ROOMS = ["data.rooms.scenes=3", "data.rooms.views=2", "data.rooms.width=32", "data.rooms.height=24"]
 
+#: Arguments that a trained model is used with.
+USED = [
+    "--config", "--debug", "overrides", "--run", "--view", "--pose", "--yaw", "--pitch", "--roll", "--move",
+    "--trajectory", "--target-view", "--part", "--device",
+]  # fmt: skip
+
 #: The public surface: a verb is added or removed on purpose, and CHANGELOG.md says so.
 VERBS = {
     "train": ["--config", "--debug", "overrides"],
     "plan": ["--address", "--config", "--debug", "--json", "--rates", "overrides"],
+    "generate": sorted([*USED, "--image", "--out"]),
+    "ask": sorted(
+        [
+            *USED,
+            "--image",
+            "--out",
+            "--question",
+            "--questions",
+            "--caption",
+            "--imagine",
+            "--after-reference",
+            "--json",
+        ]
+    ),
     "data make": ["--config", "--debug", "--out", "overrides"],
     "data index": ["--config", "--debug", "overrides"],
     "data check": ["--against", "--config", "--debug", "--out", "overrides"],

@@ -1,0 +1,258 @@
+"""A trained run, opened to be used: where its parts lie, whether they belong together, and the pipeline of them.
+
+The language model and the diffusion are the run's own; the ViT and the VAE are those that its configuration names; the
+spatial decoder is the one that was trained together with the VAE, beside which it lies (of the direct variant, which
+has no VAE: the one trained with the ViT).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+import configs
+from actors.driver import run_folder
+from configs import ConfigError, RunConfig
+from configs.compose import groups
+from configs.paths import RUN
+from models.encoders.uniugg import READS
+from models.encoders.weights import stored_digest
+from models.errors import WeightsError
+from models.pretrained import CONFIG, describe_pretrained, load_pretrained
+from models.text.tokenizer import IMAGE, RAYMAP, check_fits, load_tokenizer, token_id
+from models.uniugg.pipeline import PARTS, Pipeline
+from services.errors import DataError
+
+if TYPE_CHECKING:
+    from services.streams.text import TextColumns
+
+IMAGINING = ("uniugg_joint", "uniugg_finetune", "uniugg_direct")
+"""Recipes whose runs imagine views."""
+ANSWERING = ("uniugg_align", *IMAGINING)
+"""Recipes whose runs answer questions."""
+
+
+# -- the run -------------------------------------------------------------------------------------------------
+
+
+def open_run(run: str, overrides: Sequence[str] = (), file: str | None = None) -> tuple[Path, RunConfig]:
+    """A run's folder, and its saved configuration with the keys of ``overrides`` on top.
+
+    Args:
+        run: the folder, or the name of a run under ``storage.root``; "" for the run that ``overrides`` describe
+            (``name=...``, or ``recipe=... size=...``).
+        overrides: of the command line; choices of groups describe which run, single keys change how it is used.
+        file: a saved configuration to describe it, as ``--config``.
+
+    DataError lists similar names when there is no such run.
+    """
+    keys = [text for text in overrides if text.partition("=")[0] not in groups()]
+    folder = Path(run).expanduser().absolute() if run else run_folder(configs.load(overrides, file=file))
+    if run and not (folder / "config.yaml").is_file() and "/" not in run:
+        root = [text for text in keys if text.startswith("storage.root=")]
+        folder = run_folder(configs.load([f"name={run}", *root]))
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        near = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+        similar = difflib.get_close_matches(folder.name, near, 3, 0.3) or near[:5]
+        hint = f"; beside it there are {', '.join(similar)}" if similar else ""
+        raise DataError(
+            f"{folder} is no run: it has no config.yaml{hint}. Give the folder of a run with --run, or its name= and "
+            "storage.root="
+        )
+    # Of a run that was moved, what is written next goes to where it lies now.
+    return folder, configs.load([key for key in keys if not key.startswith("name=")], file=saved)
+
+
+def check_recipe(config: RunConfig, folder: Path, allowed: Sequence[str], wish: str) -> None:
+    """ConfigError unless the run's recipe is among ``allowed``; ``wish`` says what it should do."""
+    if config.recipe.name not in allowed:
+        raise ConfigError(
+            f"run {folder.name} is of recipe {config.recipe.name}, which cannot {wish}; runs of these can: "
+            f"{', '.join(allowed)}"
+        )
+
+
+# -- its parts -----------------------------------------------------------------------------------------------
+
+
+def find_parts(
+    config: RunConfig,
+    folder: Path,
+    *,
+    imagine: bool = True,
+    given: Mapping[str, str | Path] | None = None,
+    without: Collection[str] = (),
+) -> dict[str, Path]:
+    """Name of each part (see :data:`models.uniugg.pipeline.PARTS`) -> its folder.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        imagine: all that imagining needs; else what answering needs.
+        given: folders, or ``run:NAME/PART``, that replace those of the run.
+        without: parts that are not looked for.
+
+    WeightsError names the first part that is not there and the recipe that trains it.
+    """
+    given = given or {}
+    unknown = sorted(set(given) - set(PARTS))
+    if unknown:
+        raise ConfigError(f"--part {unknown[0]}: a run has the parts {', '.join(PARTS)}")
+    direct = config.recipe.name == "uniugg_direct"
+    decoder = ("vit" if direct else "vae", "spatial_decoder")
+    places = {
+        "encoder": lambda: _encoder(config, "vit"),
+        "llm": lambda: folder / "weights" / "llm",
+        "spatial_decoder": lambda: _encoder(config, decoder[0]).with_name(decoder[1]),
+        "vae": lambda: _encoder(config, "vae"),
+        "diffusion": lambda: folder / "weights" / "diffusion",
+    }
+    wanted = ["encoder", "llm"]
+    if imagine:
+        wanted += ["spatial_decoder"] if direct else ["spatial_decoder", "vae", "diffusion"]
+    found: dict[str, Path] = {}
+    for name in wanted:
+        if name in without:
+            continue
+        found[name] = _resolve(given[name], config) if name in given else places[name]()
+        if not (found[name] / CONFIG).is_file():
+            raise WeightsError(
+                f"part {name!r} is missing: {found[name]} holds none. Train it with `loom3d train "
+                f"recipe={_trained_by(name, config)} size={config.size}` (to its end: parts are saved when a run is "
+                f"evaluated), or name its folder with --part {name}=FOLDER"
+            )
+    return found
+
+
+def _trained_by(name: str, config: RunConfig) -> str:
+    """The recipe that trains a part, for messages."""
+    if name in ("llm", "diffusion"):
+        return config.recipe.name if config.recipe.name in IMAGINING else "uniugg_finetune"
+    if name == "spatial_decoder":
+        return "uniugg_encoder" if config.recipe.name == "uniugg_direct" else "uniugg_vae"
+    return {"encoder": "uniugg_encoder", "vae": "uniugg_vae"}[name]
+
+
+def _encoder(config: RunConfig, name: str) -> Path:
+    """Folder of the trained part behind an encoder of the configuration."""
+    family = {"vit": "uniugg_vit", "vae": "uniugg_vae"}[name]
+    settings = config.encoders.get(name)
+    if settings is None:
+        raise ConfigError(f"the run has no encoder {name!r} (encoders.{name}); it was not trained with one")
+    if settings.family != family:
+        raise ConfigError(
+            f"encoders.{name}.family={settings.family}: only views of a {family} can be turned into points; runs with "
+            "another encoder are judged by `loom3d train` and `loom3d evaluate`"
+        )
+    if settings.weights == "random":
+        raise WeightsError(
+            f"encoders.{name}.weights=random: nothing was trained there that could see or draw; train "
+            f"recipe={_trained_by('encoder' if name == 'vit' else 'vae', config)} first"
+        )
+    return Path(settings.weights)
+
+
+def _resolve(place: str | Path, config: RunConfig) -> Path:
+    text = str(place)
+    if text.startswith(RUN):
+        name, _, part = text.removeprefix(RUN).partition("/")
+        return Path(config.storage.root, "runs", name, "weights", part)
+    return Path(text).expanduser().absolute()
+
+
+def _check_together(config: RunConfig, parts: Mapping[str, Path], given: Collection[str]) -> None:
+    """WeightsError when a part was trained on another ViT, or again after the run had used it (but for ``given``)."""
+    pinned = {"encoder": config.encoders["vit"].digest}
+    if "vae" in config.encoders:
+        pinned["vae"] = config.encoders["vae"].digest
+    digests = {name: stored_digest(parts[name]) for name in ("encoder", "vae") if name in parts}
+    for name, digest in digests.items():
+        if name not in given and pinned.get(name, digest) not in ("", digest):
+            raise WeightsError(
+                f"{parts[name]} has sha256 {digest[:16]}..., the run was trained with {pinned[name][:16]}...: that "
+                "part was trained again since, or replaced; train this run again too, or name the part that it was "
+                f"trained with by --part {name}=FOLDER"
+            )
+    for name in ("vae", "spatial_decoder"):
+        reads = describe_pretrained(parts[name]).get(READS) if name in parts else None
+        if reads and reads != digests.get("encoder", reads):
+            raise WeightsError(
+                f"{parts[name]} was trained on tokens of a ViT with sha256 {str(reads)[:16]}..., the run's has "
+                f"{digests['encoder'][:16]}...; train recipe=uniugg_vae again behind this ViT"
+            )
+
+
+# -- opened --------------------------------------------------------------------------------------------------
+
+
+def open_pipeline(
+    run: str | Path | RunConfig,
+    *,
+    folder: Path | None = None,
+    imagine: bool = True,
+    given: Mapping[str, str | Path | nn.Module] | None = None,
+    device: str = "cpu",
+) -> Pipeline:
+    """The trained parts of a run together, in eval mode.
+
+    Args:
+        run: its folder, or its configuration.
+        folder: of the run, beside a configuration; by default ``<storage.root>/runs/<name>``.
+        imagine: views will be imagined; else encoder and LLM are enough.
+        given: folders, ``run:NAME/PART`` or modules in memory that replace those of the run.
+        device: where it runs.
+
+    Raises:
+        DataError: there is no such run.
+        ConfigError: its recipe trains nothing of this kind.
+        WeightsError: a part is missing, does not belong to the others, or was made for another tokenizer.
+    """
+    if isinstance(run, RunConfig):
+        folder, config = folder or run_folder(run), run
+    else:
+        folder, config = open_run(str(run))
+    check_recipe(
+        config, folder, IMAGINING if imagine else ANSWERING, "imagine views" if imagine else "answer questions"
+    )
+    modules = {name: part for name, part in (given or {}).items() if isinstance(part, nn.Module)}
+    places = {name: part for name, part in (given or {}).items() if not isinstance(part, nn.Module)}
+    found = find_parts(config, folder, imagine=imagine, given=places, without=modules)
+    _check_together(config, found, places)
+    loaded = {name: load_pretrained(place) for name, place in found.items()} | modules
+    check_tokenizer(config, loaded["llm"], found.get("llm", folder))
+    size = (config.encoders["vit"].height, config.encoders["vit"].width)
+    text = text_columns(config, loaded["llm"])
+    return Pipeline(
+        {name: module.to(device) for name, module in loaded.items()},
+        prompt=text.generation()["input_ids"].data.tolist(),
+        size=size,
+        translation_scale=config.recipe.uniugg.translation_scale,
+        imagines=imagine,
+    )
+
+
+def text_columns(config: RunConfig, llm: nn.Module) -> TextColumns:
+    """What turns text into tokens as in training: as many placeholders an image as its picture has patches."""
+    from services.streams.text import TextColumns
+
+    vit, patch = config.encoders["vit"], int(llm.patch)  # type: ignore[arg-type]
+    return TextColumns(config, (vit.height // patch) * (vit.width // patch))
+
+
+def check_tokenizer(config: RunConfig, llm: nn.Module, where: Path) -> None:
+    """WeightsError unless the LLM was built for the tokenizer of the configuration."""
+    tokenizer = load_tokenizer(config.data.text.tokenizer)
+    check_fits(tokenizer, int(llm.vocab_size))  # type: ignore[arg-type]
+    for token, attribute in ((IMAGE, "image_token_id"), (RAYMAP, "ray_token_id")):
+        wanted, found = token_id(tokenizer, token), getattr(llm, attribute)
+        if wanted != found:
+            raise WeightsError(
+                f"{where}: the LLM was trained with {attribute}={found}, tokenizer "
+                f"{config.data.text.tokenizer!r} has {wanted} for {token}: set data.text.tokenizer to the one that "
+                "the run was trained with"
+            )

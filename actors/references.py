@@ -1,0 +1,122 @@
+"""Pictures that a trained model is shown: files, or views of scenes in the data of its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs import ConfigError, RunConfig
+from models.geometry.poses import relative
+from services.contracts import ImageRef, Scene, View
+from services.data.images import load_image
+from services.errors import DataError
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Picture:
+    """A picture with its camera."""
+
+    name: str
+    image: np.ndarray
+    """uint8 (H, W, 3)."""
+    K: Tensor
+    """(3, 3) float64 of it, pixel centres at integers."""
+    known_camera: bool
+    """Whether K is measured; else it follows from ``generate.fov``."""
+    pose: Tensor | None = None
+    """(4, 4) float64 camera-to-world, of a view of a scene."""
+
+    @property
+    def stem(self) -> str:
+        """The name as that of a file."""
+        return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(self.name).stem)
+
+
+def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None = None) -> list[Picture]:
+    """A picture file, or views of a scene of the run's data: ``SOURCE/SCENE`` (all) or ``SOURCE/SCENE:0,3``.
+
+    Args:
+        name: what to show.
+        config: of the run; ``data`` says where scenes are, ``generate.fov`` the camera of other pictures.
+        views: of the scene, where ``name`` does not say which.
+
+    DataError names a file that is no picture, a scene that is not there, or a view that it does not have.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() or path.suffix.lower() in _SUFFIXES:
+        if views is not None:
+            raise ConfigError(f"--view is for scenes; {name} is a file")
+        image = load_image(ImageRef(path=str(path)))
+        return [Picture(name=path.name, image=image, K=camera_of(image, config.generate.fov), known_camera=False)]
+    scene_name, _, listed = name.partition(":")
+    if listed:
+        views = _indices(name, listed)
+    scene = _scene(scene_name, config)
+    return [_view(scene, index, scene_name, config) for index in (range(len(scene.views)) if views is None else views)]
+
+
+def read_picture(name: str, config: RunConfig, view: int | None = None) -> Picture:
+    """One picture, as :func:`read_pictures` reads it; of a scene the first view where none is named."""
+    is_chosen = view is not None or ":" in name or Path(name).suffix.lower() in _SUFFIXES
+    found = read_pictures(name, config, views=[view or 0] if view is not None else None)
+    if is_chosen and len(found) != 1:
+        raise ConfigError(f"--image {name}: one picture is needed, this is {len(found)}")
+    return found[0]
+
+
+def camera_of(image: np.ndarray, fov: float) -> Tensor:
+    """K (3, 3) float64 of a picture (H, W, 3) whose horizontal field of view is ``fov`` degrees; square pixels."""
+    height, width = image.shape[:2]
+    focal = 0.5 * width / math.tan(math.radians(fov) / 2)
+    return torch.tensor(
+        [[focal, 0.0, (width - 1) / 2], [0.0, focal, (height - 1) / 2], [0.0, 0.0, 1.0]], dtype=torch.float64
+    )
+
+
+def pose_between(reference: Picture, target: Picture) -> Tensor:
+    """Pose (4, 4) float64, camera of ``target`` -> camera of ``reference``. DataError where one has none."""
+    for picture in (reference, target):
+        if picture.pose is None:
+            raise DataError(f"{picture.name} has no pose; --target-view needs two posed views of a scene")
+    assert reference.pose is not None
+    assert target.pose is not None
+    return relative(reference.pose, target.pose)
+
+
+def _indices(name: str, listed: str) -> list[int]:
+    try:
+        return [int(number) for number in listed.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--image {name}: views are written SOURCE/SCENE:0,3") from error
+
+
+def _scene(name: str, config: RunConfig) -> Scene:
+    from services.data.show import find_record
+    from services.data.sources import open_sources
+
+    # Questions about scenes hold no pictures of their own, and making them takes time.
+    sources = {key: source for key, source in config.data.sources.items() if source.format != "questions"}
+    limited = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    found = find_record(open_sources(limited), name)
+    if not isinstance(found, Scene):
+        raise DataError(f"{name} is no scene with views; give one of its picture files instead")
+    return found
+
+
+def _view(scene: Scene, index: int, name: str, config: RunConfig) -> Picture:
+    if not 0 <= index < len(scene.views):
+        raise DataError(f"{name} has no view {index}; its views are 0 to {len(scene.views) - 1}")
+    view: View = scene.views[index]
+    image = load_image(view.image)
+    K = camera_of(image, config.generate.fov) if view.K is None else torch.from_numpy(view.K.matrix())
+    pose = None if view.pose is None else torch.tensor(view.pose, dtype=torch.float64)
+    return Picture(name=f"{name}:{index}", image=image, K=K, known_camera=view.K is not None, pose=pose)

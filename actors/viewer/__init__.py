@@ -1,0 +1,3 @@
+from actors.viewer.page import Camera, Group, Shown, write_viewer
+
+__all__ = ["Camera", "Group", "Shown", "write_viewer"]
