@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from actors.trainers.backends.base import Edge, combine
+from actors.trainers.backends.single import SingleBackend
 from tests.support.joint_toy import (
     LOSSES,
     PAINTER,
@@ -26,6 +29,7 @@ from tests.support.joint_toy import (
     make_loop,
     nan_in,
     split,
+    train,
 )
 
 CASES = {
@@ -153,3 +157,27 @@ def test_the_sum_does_not_depend_on_the_roles_being_apart() -> None:
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None
             torch.testing.assert_close(found[role][name], scale * parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Doubling(SingleBackend):
+    """Scales its loss, as DeepSpeed's engine must be made to cancel its own average, and undoes it in its gradients."""
+
+    loss_scale = 2.0
+
+    def backward(self, loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
+        scalar = combine(loss, edges)
+        if scalar is not None:
+            (2.0 * scalar).backward()
+
+    def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+        return super().reduce(extra)
+
+
+def test_what_crosses_is_free_of_a_backend_s_own_scale() -> None:
+    """Doubling is exact in floating point, so not a bit may differ."""
+    case = Case(kinds="gqg", steps=5, three=True)
+    scaled = inline(case, lambda case, role, link, _: train(case, role, link, Doubling()))
+    assert_equal(scaled, inline(case))
