@@ -176,6 +176,7 @@ def sample(
     steps: int,
     guidance: float,
     eta: float,
+    clip: float = 0.0,
 ) -> Tensor:
     """Draw latents of the VAE, (B, latent channels, *size), by DDIM (Song et al. 2021).
 
@@ -187,6 +188,8 @@ def sample(
         steps: of the sampler, spread over the 1000 from the last one on ("trailing", Lin et al. 2024).
         guidance: classifier-free guidance; 1 is none, and costs half.
         eta: 0 is deterministic, 1 draws as DDPM does.
+        clip: bound of the clean latent that each step predicts, in its deviations (0: none). Early in training the
+            first steps, which divide by the little signal there is, otherwise throw it far out.
     """
     from diffusers import DDIMScheduler
 
@@ -194,7 +197,7 @@ def sample(
         raise ModelError(f"generate.steps={steps} must be 1 to {TIMESTEPS}")
     scheduler: Any = DDIMScheduler(
         num_train_timesteps=TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing",
+        clip_sample=clip > 0, clip_sample_range=clip or 1.0, set_alpha_to_one=True, timestep_spacing="trailing",
     )  # fmt: skip
     scheduler.set_timesteps(steps)
     shape = (model.latent_channels, *size)
@@ -211,7 +214,9 @@ def sample(
             with_condition, without = noise.chunk(2)
             noise = without + guidance * (with_condition - without)
         extra = random.normal(draw, shape, f"generate {index}") if eta else None
-        z = scheduler.step(noise, timestep, z, eta=eta, variance_noise=extra).prev_sample
+        z = scheduler.step(
+            noise, timestep, z, eta=eta, variance_noise=extra, use_clipped_model_output=clip > 0
+        ).prev_sample
     return model.denormalise(z)
 
 

@@ -143,6 +143,15 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert not torch.allclose(whole[0], sample(model, given[:1], draw=torch.tensor([7]), **settings)[0])
 
 
+def test_clipping_bounds_the_clean_latent_and_changes_nothing_within():
+    model, given = build(latent_mean=(0.1, 0.2, 0.3, 0.4), latent_scale=2.0), condition(2)
+    settings: dict[str, Any] = {"size": (4, 6), "draw": torch.tensor([4, 9]), "steps": 4, "guidance": 1.0, "eta": 0.0}
+    free = sample(model, given, **settings)
+    assert model.normalise(free).abs().max() > 1.5
+    assert model.normalise(sample(model, given, clip=1.5, **settings)).abs().max() <= 1.5 + 1e-5
+    torch.testing.assert_close(sample(model, given, clip=1e4, **settings), free, atol=1e-3, rtol=1e-3)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ModelError, match="latent_mean has 2 numbers for 4"):
         build(latent_mean=(0.0, 1.0))
