@@ -178,7 +178,7 @@ class TrainLoop:
         Every role calls it with the same step of the same plan. ``compute`` gets a batch on the device and what
         came on edges, which it must not keep, and returns what leaves on edges.
         """
-        for micro, batch in self._parts(loaded):
+        for micro, batch in self._parts(loaded, "validate"):
             received = self.link.receive(micro, gradients=False)
             with torch.no_grad(), self._autocast:
                 outputs = compute(batch, received)
@@ -242,11 +242,11 @@ class TrainLoop:
         self.link.answer(micro, passed.received, scale=1.0 / self.backend.loss_scale)
         self.link.done(micro)
 
-    def _parts(self, loaded: LoadedStep) -> Iterator[tuple[Micro, dict[str, Any]]]:
+    def _parts(self, loaded: LoadedStep, phase: str) -> Iterator[tuple[Micro, dict[str, Any]]]:
         """The micro-batches in which this role takes part, in order, on the device."""
         for index, micro_batch in enumerate(loaded.micro_batches):
             if self.role.takes_part(micro_batch.kind):
-                self.link.phase("forward", loaded.step, index)
+                self.link.phase(phase, loaded.step, index)
                 yield _micro(loaded.step, micro_batch), to_device(micro_batch.batch, self.backend.device)
 
     def _ask(self) -> Directive | None:
@@ -285,7 +285,7 @@ class TrainLoop:
         self.random.rewind(before)
         with self.random.active():
             mine = find_culprits(
-                self.module, self.role, list(self._parts(loaded)), self.backend, self._autocast, self.link
+                self.module, self.role, self._parts(loaded, "step"), self.backend, self._autocast, self.link
             )
         self.random.rewind(after)
         culprits = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +17,7 @@ from models.spec import RoleSpec, StepOutput
 def find_culprits(
     module: nn.Module,
     role: RoleSpec,
-    parts: Sequence[tuple[Micro, Mapping[str, Any]]],
+    parts: Iterable[tuple[Micro, Mapping[str, Any]]],
     backend: Backend,
     autocast: AbstractContextManager[Any],
     link: Links,
