@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from actors.bridge.link import Link
 from actors.bridge.local import run_roles
-from actors.bridge.rendezvous import Rendezvous
+from actors.bridge.rendezvous import Rendezvous, StoreBoard
 from services.errors import BridgeError, PeerLostError, ServiceError
 from tests.support.joint_toy import (
     PAINTER,
@@ -28,7 +30,7 @@ from tests.support.joint_toy import (
     steps_for_ever,
 )
 
-QUICK = {"heartbeat_s": 0.1, "silence_s": 1.0}
+QUICK = {"heartbeat_s": 0.1, "silence_s": 2.0}
 LIMIT_S = 20.0
 """Far beyond every limit of these tests, far below the transport's own time-out."""
 
@@ -83,10 +85,17 @@ def end(pair: Pair) -> None:
         child.join()
 
 
-def under_way(pair: Pair, seconds: float = 1.0) -> None:
-    """Both train for a moment."""
-    time.sleep(seconds)
-    assert all(child.is_alive() for child in pair.children.values()), pair.answers.get(timeout=1)
+def under_way(pair: Pair, rendezvous: Rendezvous) -> None:
+    """Both have trained a few steps, as their heartbeats say."""
+    board = StoreBoard(dist.PrefixStore("generation-1/beat", rendezvous._store))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        beats = [json.loads(text) for text in board.read(["0", "1"]) if text]
+        if len(beats) == 2 and all(beat["step"] >= 2 for beat in beats):
+            return
+        assert all(child.is_alive() for child in pair.children.values()), pair.answers.get(timeout=1)
+        time.sleep(0.05)
+    raise AssertionError("the pair never began to train")
 
 
 @pytest.mark.parametrize(("stopped", "waits"), [(WRITER, PAINTER), (PAINTER, WRITER)])
@@ -95,14 +104,14 @@ def test_a_peer_that_is_stopped_is_given_up_and_leaves_when_it_wakes(
 ) -> None:
     pair = start_pair(Case(bridge=QUICK), rendezvous, for_ever)
     try:
-        under_way(pair)
+        under_way(pair, rendezvous)
         os.kill(pair.children[stopped].pid, signal.SIGSTOP)
         kind, text = pair.outcome(waits, LIMIT_S)
         assert kind == "PeerLostError"
         assert f"rank 0 of {waits} (in phase" in text
         assert f"waits for rank 0 of {stopped} since" in text
         assert "no heartbeat for" in text
-        assert "bridge.silence_s=1" in text
+        assert "bridge.silence_s=2" in text
         assert "last seen" in text
         os.kill(pair.children[stopped].pid, signal.SIGCONT)
         kind, text = pair.outcome(stopped, LIMIT_S)
@@ -116,7 +125,7 @@ def test_a_peer_that_is_stopped_is_given_up_and_leaves_when_it_wakes(
 def test_a_peer_that_is_killed_is_noticed(killed: str, waits: str, rendezvous: Rendezvous) -> None:
     pair = start_pair(Case(bridge={"heartbeat_s": 0.1}), rendezvous, for_ever)
     try:
-        under_way(pair)
+        under_way(pair, rendezvous)
         began = time.monotonic()
         os.kill(pair.children[killed].pid, signal.SIGKILL)
         kind, text = pair.outcome(waits, LIMIT_S)
@@ -207,7 +216,7 @@ def test_a_new_generation_ends_the_old_one(rendezvous: Rendezvous) -> None:
     """The driver restarts all roles; a painter that was stopped meanwhile does not meet the new writer."""
     pair = start_pair(Case(bridge={"heartbeat_s": 0.1, "silence_s": 30.0}), rendezvous, for_ever)
     try:
-        under_way(pair)
+        under_way(pair, rendezvous)
         os.kill(pair.children[PAINTER].pid, signal.SIGSTOP)
         rendezvous.open(2)
         kind, text = pair.outcome(WRITER, LIMIT_S)
@@ -220,7 +229,7 @@ def test_a_new_generation_ends_the_old_one(rendezvous: Rendezvous) -> None:
 def test_a_place_is_taken_once_in_a_generation(rendezvous: Rendezvous) -> None:
     pair = start_pair(Case(bridge=QUICK), rendezvous, for_ever)
     try:
-        under_way(pair)
+        under_way(pair, rendezvous)
         with pytest.raises(PeerLostError, match="rank 0 of writer of generation 1 is there already"):
             link_of(Case(bridge=QUICK), WRITER, 0, rendezvous.address, 1, _Cpu())
     finally:
