@@ -1,0 +1,244 @@
+"""Questions with one right answer, answered by the language model and scored as their benchmark does.
+
+Each source of questions is judged by itself: a benchmark by its own rules, questions of VSI-Bench's types (ours about
+procedural rooms among them) by VSI-Bench's, others plainly. The bar is the best of several strategies that read the
+training split and see no picture (:mod:`services.data.questions.guesses`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.recipes.base import row
+from actors.recipes.pictures import Album
+from actors.recipes.samples import load_samples, spread
+from configs import RunConfig
+from models.metrics.benchmarks import BENCHMARKS, Scorer, scorer
+from models.metrics.vsibench import QUESTION_TYPES
+from models.uniugg.answers import generate_text
+from models.uniugg.llm import CONVERSATION, UniuggLLM
+from services.contracts import ImageRef, Item, PlanSample, Question, Role, Split, Turn, ViewRole
+from services.data.questions.guesses import BlindBaseline, blind_baseline
+from services.streams.sampling import sample_id
+from services.streams.text import TextColumns
+from services.telemetry import events
+
+if TYPE_CHECKING:
+    from actors.trainers.feed import Feed
+
+BLIND = "best image-blind baseline"
+ASKED = "mean of the asked"
+EXAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question of a source, and the conversation that asks it."""
+
+    source: str
+    item: Item
+    question: Question
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The turns up to where the answer begins."""
+        last = max(place for place, turn in enumerate(self.item.turns) if turn.role == "user")
+        return self.item.turns[: last + 1]
+
+    @property
+    def sample(self) -> PlanSample:
+        """What the loader reads of it."""
+        return PlanSample(
+            id=sample_id(self.source, self.item.id, CONVERSATION, 0),
+            source=self.source,
+            item=self.item.id,
+            kind=CONVERSATION,
+            views=tuple(ViewRole(index=place, role=Role.CONTEXT) for place in range(len(self.item.images))),
+            seed=0,
+        )
+
+
+def questions_of(feed: Feed, split: Split) -> dict[str, list[Asked]]:
+    """Source -> its questions of the split, by type; sources without any are left out."""
+    found: dict[str, list[Asked]] = {}
+    for source, manifest in feed.manifests.items():
+        entries = [entry.id for entry in manifest.of_split(split) if entry.kind == "item" and entry.length > 0]
+        items = (manifest.scene(name) for name in entries if f"{source}/{name}" not in feed.quarantine)
+        asked = [
+            Asked(source=source, item=item, question=item.question)
+            for item in items
+            if isinstance(item, Item) and item.question is not None and any(t.role == "user" for t in item.turns)
+        ]
+        if asked:
+            found[source] = sorted(asked, key=lambda one: one.question.type)
+    return found
+
+
+def benchmark_of(config: RunConfig, source: str, questions: Sequence[Question]) -> str:
+    """Whose scores the questions of a source get."""
+    settings = config.data.sources[source]
+    if settings.format == "benchmark":
+        return str(settings.options["name"])
+    return "vsibench" if {question.type for question in questions} <= set(QUESTION_TYPES) else "plain"
+
+
+def judge_answers(
+    models: Mapping[str, nn.Module], judge: Feed, album: Album, *, split: Split, device: str
+) -> dict[str, dict[str, Any]]:
+    """Answer at most ``evaluate.samples`` questions of each source; metrics by ``answers/<score>``.
+
+    Args:
+        models: name -> language role; the first is judged, the others stand beside it.
+        judge: the feed of the judge.
+        album: gets a table of questions with their answers, and one of scores by type.
+        split: whose questions are asked.
+        device: of the models.
+    """
+    metrics: dict[str, dict[str, Any]] = {}
+    learnt = {source: [one.question for one in asked] for source, asked in questions_of(judge, Split.TRAIN).items()}
+    judged = questions_of(judge, split)
+    benchmarks = {name: benchmark_of(judge.config, name, [a.question for a in asked]) for name, asked in judged.items()}
+    for source, all_asked in judged.items():
+        asked, benchmark = spread(all_asked, judge.config.evaluate.samples), benchmarks[source]
+        answers: dict[str, dict[str, str]] = {}
+        for name, module in models.items():
+            assert isinstance(module, UniuggLLM), "the recipe makes this model"
+            with events.span("answers", source=source, model=name):
+                answers[name] = answer(module, asked, judge, split=split, device=device)
+        asked = [one for one in asked if one.question.id in next(iter(answers.values()))]
+        if not asked:
+            continue
+        scores = {name: score(asked, given, benchmark) for name, given in answers.items()}
+        blind = blind_baseline(learnt.get(source, []), [one.question for one in asked], benchmark)
+        guessed = headline(
+            benchmark, blind.numbers, {kind: blind.scores[kind][way] for kind, way in blind.best.items()}
+        )
+        values = [_headline(benchmark, found) for found in scores.values()]
+        label = guessed[0] if list(benchmarks.values()).count(benchmark) == 1 else f"{guessed[0]} ({source})"
+        also = dict(zip(list(models)[1:], values[1:], strict=True))
+        metrics[f"answers/{label}"] = row(values[0], guessed[1], BLIND, "higher", **also)
+        _tables(album, source, asked, answers, scores, blind)
+    return metrics
+
+
+def headline(benchmark: str, numbers: Mapping[str, float], by_type: Mapping[str, float]) -> tuple[str, float]:
+    """The benchmark's own score under its name; where a task was not asked, the mean over the types that were.
+
+    Args:
+        benchmark: a name of ``models.metrics.benchmarks``.
+        numbers: what it makes of all scores.
+        by_type: mean score of each question type that was asked.
+    """
+    own = BENCHMARKS[benchmark].headline
+    return (benchmark, numbers[own]) if own in numbers else (f"{benchmark}, {ASKED}", fmean(by_type.values()))
+
+
+def _headline(benchmark: str, found: Scorer) -> float:
+    return headline(benchmark, found.compute(), {kind: fmean(values) for kind, values in by_type(found).items()})[1]
+
+
+def by_type(found: Scorer) -> dict[str, list[float]]:
+    """Question type -> scores of its answers."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for kind, value in found.rows.values():
+        scores[kind].append(value)
+    return dict(sorted(scores.items()))
+
+
+def score(asked: Sequence[Asked], answers: Mapping[str, str], benchmark: str) -> Scorer:
+    """The benchmark's scores of these answers (by id of the question)."""
+    found = scorer(benchmark)
+    for one in asked:
+        question = one.question
+        found.add(
+            id=question.id,
+            type=question.type,
+            answer=question.answer,
+            options=question.options,
+            prediction=answers[question.id],
+        )
+    return found
+
+
+def answer(llm: UniuggLLM, asked: Sequence[Asked], judge: Feed, *, split: Split, device: str) -> dict[str, str]:
+    """Id of each question -> the answer in words. A question whose pictures cannot be read is not there.
+
+    Questions about the same pictures are asked together: the model reads the pictures once.
+    """
+    config = judge.config
+    _, rows, columns, _ = (int(axis or 0) for axis in judge.client.outputs("vit")["tokens"].shape)
+    texts = TextColumns(config, rows * columns)
+    groups: dict[tuple[ImageRef, ...], list[Asked]] = defaultdict(list)
+    for one in asked:
+        groups[one.item.images].append(one)
+    first = {one[0].sample.id: one for one in groups.values()}
+    answers: dict[str, str] = {}
+    loaded = load_samples(judge, [one[0].sample for one in groups.values()], split=split, batch_size=1)
+    for batch, (sample,) in loaded:
+        if not float(batch["weight"][0]):
+            continue
+        group = first[sample.id]
+        prompts = [texts.question(one.prompt, len(one.item.images))["input_ids"].data.tolist() for one in group]
+        given = generate_text(
+            llm,
+            prompts,
+            _tokens(batch, len(sample.views), device),
+            max_new_tokens=config.generate.max_new_tokens,
+            stop=(texts.end_of_turn,),
+            batch_size=config.generate.batch_size,
+        )
+        answers |= {one.question.id: texts.decode(ids) for one, ids in zip(group, given, strict=True)}
+    return answers
+
+
+def _tokens(batch: Mapping[str, Any], views: int, device: str) -> Tensor | None:
+    """Patch tokens (V, h, w, C) of the only sample of a batch; None for a text alone."""
+    if not views:
+        return None
+    tokens: Tensor = batch["tokens"][0, :views, 0]
+    return tokens.to(device, torch.float32)
+
+
+def _tables(
+    album: Album,
+    source: str,
+    asked: Sequence[Asked],
+    answers: Mapping[str, Mapping[str, str]],
+    scores: Mapping[str, Scorer],
+    blind: BlindBaseline,
+) -> None:
+    """Scores by type beside what guessing scores, and some questions with what was answered."""
+    name = next(iter(scores))
+    given, found = answers[name], scores[name].rows
+    album.table(
+        f"Answers about {source} by type",
+        f"Mean score in [0, 1]. The last columns are the {BLIND}: the strategy that guesses best, and its score.",
+        ("type", "questions", "score", "guessing", "strategy"),
+        [
+            (kind, len(values), fmean(values), blind.scores[kind][blind.best[kind]], blind.best[kind])
+            for kind, values in by_type(scores[name]).items()
+        ],
+    )
+    album.table(
+        f"Questions about {source}",
+        "Some of the questions that were asked, with the true answer and the one that was given.",
+        ("type", "question", "options", "true", "given", "score"),
+        [
+            (
+                one.question.type,
+                one.question.text,
+                "; ".join(one.question.options),
+                one.question.answer,
+                given[one.question.id],
+                found[one.question.id][1],
+            )
+            for one in spread(asked, EXAMPLES)
+        ],
+    )
