@@ -216,7 +216,7 @@ def _run_role(
         client = running.enter_context(closing(FeatureClient(config, store, pool=connected)))
         feed = running.enter_context(closing(Feed.open(config, manifests, client, store, role=role)))
         link = None if meeting is None else running.enter_context(_meet(config, role, backend, meeting))
-        stream = functools.partial(_stream, config, backend)
+        stream = functools.partial(_stream, config, backend, role)
         result = train_role(config, folder, feed, backend, role=role, stream=stream, link=link)
     return dataclasses.asdict(result)
 
@@ -239,7 +239,7 @@ def _meet(config: RunConfig, role: str, backend: Backend, meeting: Meeting) -> L
     )
 
 
-def _stream(config: RunConfig, backend: Any, plan: Any, start: int, stop: int) -> Any:
+def _stream(config: RunConfig, backend: Any, role: str, plan: Any, start: int, stop: int) -> Any:
     """The planned steps of this rank through Ray Data; rank 0 starts the pipeline for all."""
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -247,7 +247,7 @@ def _stream(config: RunConfig, backend: Any, plan: Any, start: int, stop: int) -
 
     mine = None
     if backend.rank == 0 and start < stop:
-        mine = start_feed(config, plan, start_step=start, stop_step=stop, world_size=backend.world_size)
+        mine = start_feed(config, plan, role=role, start_step=start, stop_step=stop, world_size=backend.world_size)
     feed = broadcast_from_rank_zero(mine)
     if start >= stop:
         return None
