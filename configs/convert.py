@@ -36,6 +36,13 @@ def from_dict(tree: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def section_problems(cls: type, tree: Mapping[str, Any], path: str) -> list[str]:
+    """What is wrong with ``tree`` as some keys of the section ``cls``, which stands at ``path``: names and types."""
+    problems: list[str] = []
+    _dataclass(cls, tree, path, problems)
+    return problems
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise :class:`ConfigError` with all ``problems``; does nothing when there are none."""
     found = list(dict.fromkeys(problems))

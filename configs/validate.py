@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from configs.convert import nearest
+from configs.convert import hints_of, nearest, section_problems
 from configs.paths import is_uri
-from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig
+from configs.roles import SHARED_TRAINER, role_config
+from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig, TrainerConfig
 
 SPLITS = ("train", "val", "test")
 FORMATS = (
@@ -221,13 +222,18 @@ RANGES: Mapping[str, Range] = {
 def problems(config: RunConfig) -> Iterator[str]:
     """One message for every rule that ``config`` breaks: key, value seen, what is allowed, what to do."""
     for path, pattern, value in leaves(config):
-        if pattern in ALLOWED and value not in ALLOWED[pattern]:
-            allowed = ALLOWED[pattern]
-            yield f"{path}={value!r} is not allowed.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}"
-        if pattern in RANGES and value not in RANGES[pattern]:
-            yield f"{path}={value} is out of range: it must be {RANGES[pattern]}"
+        yield from _leaf(path, pattern, value)
     for rule in _RULES:
         yield from rule(config)
+
+
+def _leaf(path: str, pattern: str, value: Any) -> Iterator[str]:
+    """What a value breaks of the rules for keys of ``pattern``."""
+    if pattern in ALLOWED and value not in ALLOWED[pattern]:
+        allowed = ALLOWED[pattern]
+        yield f"{path}={value!r} is not allowed.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}"
+    if pattern in RANGES and value not in RANGES[pattern]:
+        yield f"{path}={value} is out of range: it must be {RANGES[pattern]}"
 
 
 def leaves(config: Any) -> Iterator[tuple[str, str, Any]]:
@@ -417,16 +423,69 @@ def _cache(config: RunConfig) -> Iterator[str]:
 
 def _trainer(config: RunConfig) -> Iterator[str]:
     trainer = config.trainer
-    if len(trainer.betas) != 2 or any(beta not in _DECAY for beta in trainer.betas):
-        yield f"trainer.betas={trainer.betas} must be two numbers, each {_DECAY}"
-    if trainer.warmup_steps >= trainer.steps > 1:
-        yield (
-            f"trainer.warmup_steps={trainer.warmup_steps} must be less than trainer.steps={trainer.steps}, "
-            "or the learning rate never reaches its peak"
-        )
+    yield from _optimisation("", trainer)
     adapted = config.peft.method != "none" or any(role.peft not in ("", "none") for role in config.roles.values())
     if config.peft.targets and not adapted:
         yield f"peft.targets={config.peft.targets} has no effect with peft.method=none; choose peft=lora"
+
+
+def _optimisation(prefix: str, trainer: TrainerConfig) -> Iterator[str]:
+    """Rules over several keys of ``trainer``, as they stand below ``prefix``."""
+    if len(trainer.betas) != 2 or any(beta not in _DECAY for beta in trainer.betas):
+        yield f"{prefix}trainer.betas={trainer.betas} must be two numbers, each {_DECAY}"
+    if trainer.warmup_steps >= trainer.steps > 1:
+        yield (
+            f"{prefix}trainer.warmup_steps={trainer.warmup_steps} must be less than trainer.steps={trainer.steps}, "
+            "or the learning rate never reaches its peak"
+        )
+
+
+def _roles(config: RunConfig) -> Iterator[str]:
+    """What is different for single roles: of roles that there are, and of settings that a role may have alone."""
+    known = ROLES.get(config.recipe.name, ())
+    for name, given in config.roles.items():
+        path = f"roles.{name}"
+        if known and name not in known:
+            yield (
+                f"{path}: recipe {config.recipe.name} has no such role.{nearest(name, known)} Roles: {', '.join(known)}"
+            )
+        for key in sorted(SHARED_TRAINER & set(given.trainer)):
+            own = sorted(set(hints_of(TrainerConfig)) - SHARED_TRAINER)
+            yield (
+                f"{path}.trainer.{key}={given.trainer[key]!r}: all roles of a run share it; set trainer.{key}. "
+                f"A role may have its own {', '.join(own)}"
+            )
+        wrong = section_problems(TrainerConfig, given.trainer, f"{path}.trainer")
+        yield from wrong
+        if not wrong:
+            for inner, pattern, value in _leaves("trainer", "trainer", given.trainer):
+                yield from _leaf(f"{path}.{inner}", _named(pattern, inner), value)
+        if not wrong and not SHARED_TRAINER & set(given.trainer):
+            yield from _optimisation(f"{path}.", role_config(config, name).trainer)
+        if given.targets and (given.peft or config.peft.method) == "none":
+            yield f"{path}.targets={given.targets} has no effect without low-rank updates; set {path}.peft=lora"
+
+
+def _named(pattern: str, path: str) -> str:
+    """``trainer.*`` with the key's name: keys of a role's section are known, though the schema has them open."""
+    return ".".join([*path.split(".")[:2], *pattern.split(".")[2:]])
+
+
+def _bridge(config: RunConfig) -> Iterator[str]:
+    roles, transport = ROLES.get(config.recipe.name, ()), config.bridge.transport
+    if len(roles) < 2 or transport == "auto":
+        return
+    inline = config.cluster.mode == "inline"
+    if inline and transport != "local":
+        yield (
+            f"bridge.transport={transport} contradicts cluster.mode=inline, where the roles share one process; "
+            "set bridge.transport=auto, or choose cluster=local"
+        )
+    if not inline and transport == "local":
+        yield (
+            f"bridge.transport=local contradicts cluster.mode={config.cluster.mode}, where the roles "
+            f"{' and '.join(roles)} are in processes of their own; set bridge.transport=auto, or choose cluster=inline"
+        )
 
 
 def _cluster(config: RunConfig) -> Iterator[str]:
@@ -491,6 +550,8 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _encoders,
     _cache,
     _trainer,
+    _roles,
+    _bridge,
     _cluster,
     _backends,
 )

@@ -7,14 +7,20 @@ from pathlib import Path
 import pytest
 
 import configs
+from configs import validate
 from configs.compose import groups
 from configs.schema import RunConfig
+from models.registry import spec
 
 EXTRA = {  # what an option cannot do without
     "data": ["data.sources.{option}.root=/data"],
     "cache/shared": ["cache.remote=s3://bucket/features"],
     "logger/mlflow": ["logger.mlflow=http://127.0.0.1:5000"],
+    "backend/zero3": ["trainer.ema=0"],
     "cluster/mixed-gpus": ["trainer.micro_batch=16"],
+    # Parts of UniUGG stand beside each other under `encoders`, for recipes that look for them by name.
+    **{f"encoder/uniugg-vit-{size}": ["recipe=uniugg_vae"] for size in ("tiny", "small", "paper")},
+    **{f"encoder/uniugg-frozen-{size}": ["recipe=uniugg_joint"] for size in ("tiny", "small", "paper")},
 }
 
 
@@ -33,6 +39,42 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     config = configs.load([*overrides, *EXTRA.get(f"{group}/{option}", [])])
     assert isinstance(config, RunConfig)
     assert configs.from_yaml(configs.to_yaml(config)) == config
+
+
+def test_every_recipe_has_every_size_and_trains_what_it_names() -> None:
+    sizes = [f"{recipe}/{size}" for recipe in validate.RECIPES for size in validate.ALLOWED["size"]]
+    assert sorted(groups()["size"]) == sorted(sizes)
+    for text in sizes:
+        recipe, size = text.split("/")
+        config = configs.load([f"recipe={recipe}", f"size={size}"])
+        assert (config.recipe.name, config.size) == (recipe, size)
+        roles = [role.name for role in spec(config.model.name).roles]
+        assert set(validate.ROLES[recipe]) <= set(roles), f"{text} trains {config.model.name}, which has {roles}"
+
+
+@pytest.mark.parametrize("size", validate.ALLOWED["size"])
+def test_a_recipe_starts_from_what_the_one_before_it_leaves(size: str) -> None:
+    """Every run:NAME/PART of a size is a part of the run that recipe and size name when nothing else is chosen."""
+    root = configs.load().storage.root
+    parts = {
+        "uniugg_encoder": {"encoder", "spatial_decoder"},
+        "uniugg_vae": {"vae", "spatial_decoder"},
+        "uniugg_align": {"llm"},
+        "uniugg_joint": {"llm", "diffusion"},
+    }
+    left = {f"{root}/runs/{run}-{size}/weights/{part}" for run, names in parts.items() for part in names}
+    for recipe in validate.RECIPES[1:]:
+        config = configs.load([f"recipe={recipe}", f"size={size}"])
+        named = [*config.model.init.values(), *(encoder.weights for encoder in config.encoders.values())]
+        asked = {weights for weights in named if weights.startswith(root)}
+        assert asked <= left
+        assert asked or recipe == "uniugg_encoder"
+
+
+def test_data_that_a_recipe_chooses_can_be_chosen_again() -> None:
+    assert list(configs.load(["recipe=uniugg_joint"]).data.sources) == ["rooms", "questions", "captions"]
+    assert list(configs.load(["recipe=uniugg_joint", "data=rooms"]).data.sources) == ["rooms"]
+    assert list(configs.load(["recipe=uniugg_encoder"]).data.sources) == ["rooms"]
 
 
 def test_the_readme_line() -> None:

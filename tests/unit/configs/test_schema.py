@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,18 @@ import yaml
 
 import configs
 from configs import validate
-from configs.convert import all_keys, to_dict
+from configs.convert import all_keys
 from configs.keys import comments, documented_keys
-from configs.schema import EncoderConfig, NodeConfig, RoleConfig, RunConfig, SourceConfig
+from configs.schema import RunConfig
 
 TREE = Path(configs.__file__).parent
 KEYS_FILE = Path(__file__).parent / "keys.txt"
 
 #: The key that an option of a group is named after; it may repeat the schema's default.
 IDENTITY = {"name", "size", "format", "family", "mode", "method"}
+
+#: Keys that an option sets and a size, which chooses that option, sets back.
+SET_BACK = {"encoders.teacher.layers"}
 
 
 def test_the_keys_are_the_frozen_ones() -> None:
@@ -47,28 +52,39 @@ def yaml_files() -> list[Path]:
 def test_a_file_holds_choices_not_defaults(path: Path) -> None:
     tree = yaml.safe_load(path.read_text()) or {}
     tree.pop("defaults", None)
-    if "@package _global_" in path.read_text():
-        default: Any = to_dict(RunConfig())
-    elif "@package encoders.features" in path.read_text():
-        default = to_dict(EncoderConfig())
-    else:
-        default = to_dict(RunConfig())[path.relative_to(TREE).parts[0]]
-    assert list(restated(tree, default)) == []
+    package = re.search(r"@package (\S+)", path.read_text())
+    below = path.relative_to(TREE).parts[0] if package is None else package[1]
+    assert list(restated(tree, "" if below == "_global_" else f"{below}.")) == []
 
 
-ENTRIES = {"sources": to_dict(SourceConfig()), "nodes": to_dict(NodeConfig()), "roles": to_dict(RoleConfig())}
+DEFAULTS = {key.path: key.default for key in documented_keys()}
+SECTIONS = {".".join(path.split(".")[:end]) for path in DEFAULTS for end in range(1, path.count(".") + 1)}
 
 
-def restated(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") -> Any:
-    """Keys below ``tree`` whose value is the schema's default."""
+def restated(tree: dict[str, Any], prefix: str) -> Any:
+    """Keys of ``tree``, which stands at ``prefix``, whose value is the schema's default."""
     for key, value in tree.items():
-        if key in ENTRIES:
-            for name, entry in value.items():
-                yield from restated(entry, ENTRIES[key], f"{prefix}{key}.{name}.")
-        elif isinstance(value, dict) and isinstance(default.get(key), dict):
-            yield from restated(value, default[key], f"{prefix}{key}.")
-        elif key not in IDENTITY and key in default and default[key] == value:
+        path = known_path(f"{prefix}{key}")
+        if path in SECTIONS:
+            yield from restated(value, f"{prefix}{key}.")
+        elif key not in IDENTITY and f"{prefix}{key}" not in SET_BACK and path in DEFAULTS and DEFAULTS[path] == value:
             yield f"{prefix}{key}={value}"
+
+
+def known_path(path: str) -> str:
+    """``path`` with names of the user's choice as the schema writes them."""
+    found: list[str] = []
+    for part in path.split("."):
+        named = ".".join([*found, part])
+        found.append(part if named in SECTIONS | DEFAULTS.keys() else "<name>")
+    return ".".join(found)
+
+
+def test_restated_defaults_are_found() -> None:
+    found = restated({"trainer": {"lr": 1e-3, "steps": 7}, "cluster": {"roles": {"llm": {"workers": [1]}}}}, "")
+    assert list(found) == ["trainer.lr=0.001", "cluster.roles.llm.workers=[1]"]
+    assert list(restated({"vit": {"height": 224, "width": 112}}, "encoders.")) == ["encoders.vit.height=224"]
+    assert list(restated({"quotas": {"pair": 1.0, "view": 1.0}}, "recipe.")) == []  # they replace the default
 
 
 @pytest.mark.parametrize("path", yaml_files(), ids=lambda path: str(path.relative_to(TREE)))
@@ -107,4 +123,26 @@ def test_allowed_names_are_those_that_the_code_knows() -> None:
 
     assert set(validate.ALLOWED["encoders.*.family"]) == set(INPUT_KINDS)
     assert set(validate.FORMATS) == set(FORMATS)
-    assert {path.stem for path in (TREE / "model").glob("*.yaml")} == set(list_models())
+    recipes = itertools.product(validate.RECIPES, validate.ALLOWED["size"])
+    trained = {configs.load([f"recipe={recipe}", f"size={size}"]).model.name for recipe, size in recipes}
+    assert {path.stem for path in (TREE / "model").glob("*.yaml")} == trained
+    assert {yaml.safe_load(path.read_text())["name"] for path in (TREE / "model").glob("*.yaml")} == trained
+    assert trained <= set(list_models())
+
+
+def test_models_without_an_option_are_parts_of_others_or_frozen() -> None:
+    from models.registry import list_models, spec
+
+    parts = (
+        "mast3r-", "radio-", "uniugg-vit-", "uniugg-spatial-decoder-", "spatial-vae-", "uniugg-llm-", "uniugg-unet-",
+        "uniugg-direct-llm-",
+    )  # fmt: skip
+    options = {path.stem for path in (TREE / "model").glob("*.yaml")}
+    assert {name for name in list_models() if not name.startswith(parts)} == options
+    assert all({role.name for role in spec(name).roles} in map(set, validate.ROLES.values()) for name in options)
+
+
+def test_roles_of_recipes_are_those_of_the_code() -> None:
+    from actors.recipes import RECIPES
+
+    assert set(RECIPES) == set(validate.RECIPES) == set(validate.ROLES)
