@@ -28,11 +28,13 @@ from actors.viewer import Camera, Group, Shown, write_viewer
 from configs import ConfigError, RunConfig
 from models.geometry.poses import rotation_angle
 from models.uniugg.pipeline import Imagined, Pipeline
-from models.uniugg.scenes import PointCloud, Rendered
+from models.uniugg.scenes import PointCloud, Rendered, select_points
 
 PAGE, METADATA, PLY, GLB, GIF, MP4 = (
     "index.html", "metadata.json", "points.ply", "points.glb", "trajectory.gif", "trajectory.mp4",
 )  # fmt: skip
+_FEW = 0.25
+"""Where a smaller share of the points is confident enough, the threshold is mentioned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class View:
     """With the reference's."""
     rendered: Rendered
     overlap: float
-    """Share of the picture that the reference's points cover: how much of what is seen there was seen before."""
+    """Share of the picture that the reference's points cover, of whatever confidence: what was seen before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,9 @@ def _draw(pipeline: Pipeline, config: RunConfig, made: Imagined, index: int, ref
     target = pipeline.point_cloud(made, index, confidence=settings.confidence, points="target")
     union = pipeline.point_cloud(made, index, confidence=settings.confidence, points="union", reference=reference)
     drawn = target if settings.points == "target" else union
-    seen_before = PointCloud(union.points[len(target.points) :], union.colours[len(target.points) :])
+    seen_before = select_points(
+        made.reference_points[index], made.reference_colours[index], made.reference_confidence[index], 0.0
+    )
     radius, fill = settings.radius, settings.fill
     return View(
         cloud=target,
@@ -226,7 +230,9 @@ def _save_view(
     pictures = {
         "Imagined: colour head": scene_files.as_bytes(made.target_colours[index]),
         f"Imagined: points drawn ({view.rendered.coverage:.0%})": scene_files.as_bytes(view.rendered.image),
-        f"Depth, {scale[0]:.1f} to {scale[1]:.1f} m": colour_depth(made.depth[index].float().cpu().numpy(), *scale),
+        f"Depth, {scale[0]:.1f} to {scale[1]:.1f} m, near is bright": colour_depth(
+            made.depth[index].float().cpu().numpy(), *scale
+        ),
     }
     names = ["picture.png", "rendered.png", "depth_colour.png"]
     if truth is not None:
@@ -293,6 +299,12 @@ def _remarks(described: Sequence[Mapping[str, Any]], made: Imagined, config: Run
             else "all points lie behind the camera or beside its picture: choose a pose that looks at the scene"
         )
         found.append(f"{_named(empty)} nothing (coverage 0): {why}")
+    share = [float((confidence >= config.generate.confidence).float().mean()) for confidence in made.target_confidence]
+    if not empty and max(share) < _FEW:
+        found.append(
+            f"{max(share):.0%} of the imagined points at most reach generate.confidence={config.generate.confidence:g} "
+            f"(their median is {float(made.target_confidence.median()):.3g}); lower it to see more"
+        )
     unseen = [str(i) for i, view in enumerate(described) if view["overlap"] == 0 and str(i) not in empty]
     if unseen:
         found.append(
@@ -360,7 +372,7 @@ def _facts(view: Mapping[str, Any]) -> dict[str, str]:
         "turned by": f"{view['angle_degrees']:.1f}°",
         "moved by": f"{view['distance_metres']:.2f} m",
         "picture covered by points": f"{view['coverage']:.0%}",
-        "of it seen in the reference": f"{view['overlap']:.0%}",
+        "shown by the reference's points": f"{view['overlap']:.0%}",
         "points": f"{view['points']['imagined']:,} imagined, {view['points']['reference']:,} of the reference",
         "depth, median": "nothing lies ahead" if depth is None else f"{depth[1]:.2f} m",
         "confidence, median": f"{view['confidence']['median']:.2f}",

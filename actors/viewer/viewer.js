@@ -64,7 +64,7 @@
     const far = Math.hypot(...home.centre);
     Object.assign(eye, {
       yaw: 0.35, pitch: -0.25, fov: 50, centre: home.centre.slice(),
-      distance: Math.max(2.6 * home.spread, 1.25 * far, 1e-2),
+      distance: Math.max(3 * home.spread, 1.5 * far, 1e-2),
     });
   }
 
@@ -211,7 +211,7 @@
   // Pixels times metres: a point one metre away covers so many pixels, about as far apart as the points are.
   function pointSize() {
     const shown = groups.slice(0, 2).map((group) => group.count);
-    const spacing = (1.6 * Math.hypot(...home.centre)) / Math.sqrt(Math.max(...shown, 1));
+    const spacing = (2 * Math.hypot(...home.centre)) / Math.sqrt(Math.max(...shown, 1));
     return (state.size * spacing * canvas.height) / (2 * Math.tan((eye.fov * Math.PI) / 360));
   }
 

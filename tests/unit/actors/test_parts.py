@@ -1,0 +1,150 @@
+"""A run is opened: its parts are found, belong together, and fit its tokenizer; what is missing is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import configs
+import models
+from actors.parts import find_parts, open_pipeline, open_run
+from configs import ConfigError
+from models.errors import ModelError, WeightsError
+from models.uniugg.direct import DirectLLM
+from services.errors import DataError
+from tests.support.uniugg_parts import make_run, save_part
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("parts")
+    for recipe in ("uniugg_finetune", "uniugg_direct", "uniugg_align"):
+        make_run(root, recipe)
+    return root
+
+
+def test_parts_of_a_run_and_of_those_before_it(root: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    found = find_parts(config, folder)
+    runs = root / "runs"
+    assert found == {
+        "encoder": runs / "uniugg_encoder-tiny" / "weights" / "encoder",
+        "llm": folder / "weights" / "llm",
+        # The decoder that learned to read the VAE's reconstructions, not that of the first phase.
+        "spatial_decoder": runs / "uniugg_vae-tiny" / "weights" / "spatial_decoder",
+        "vae": runs / "uniugg_vae-tiny" / "weights" / "vae",
+        "diffusion": folder / "weights" / "diffusion",
+    }
+    assert set(find_parts(config, folder, imagine=False)) == {"encoder", "llm"}
+
+
+def test_the_direct_variant_reads_with_the_first_decoder(root: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_direct-tiny"))
+    found = find_parts(config, folder)
+    assert set(found) == {"encoder", "llm", "spatial_decoder"}
+    assert found["spatial_decoder"] == root / "runs" / "uniugg_encoder-tiny" / "weights" / "spatial_decoder"
+    pipeline = open_pipeline(folder)
+    assert isinstance(pipeline.llm, DirectLLM)
+    assert pipeline.size == (112, 112)
+
+
+def test_a_run_by_folder_by_name_and_by_recipe(root: Path):
+    storage = f"storage.root={root}"
+    folder = root / "runs" / "uniugg_finetune-tiny"
+    for run, overrides in (
+        (str(folder), []),
+        ("uniugg_finetune-tiny", [storage]),
+        ("", ["recipe=uniugg_finetune", storage]),
+        ("", ["name=uniugg_finetune-tiny", storage]),
+    ):
+        found, config = open_run(run, [*overrides, "generate.steps=7"])
+        assert (found, config.recipe.name, config.generate.steps) == (folder, "uniugg_finetune", 7)
+
+
+def test_an_unknown_run_names_those_there_are(root: Path):
+    with pytest.raises(DataError, match=r"uniugg_fintune-tiny is no run: .* there are uniugg_finetune-tiny"):
+        open_run("uniugg_fintune-tiny", [f"storage.root={root}"])
+
+
+def test_a_run_that_cannot_imagine(root: Path):
+    folder = root / "runs" / "uniugg_align-tiny"
+    with pytest.raises(ConfigError, match=r"recipe uniugg_align, which cannot imagine views; .*uniugg_joint"):
+        open_pipeline(folder)
+    asked = open_pipeline(folder, imagine=False)
+    assert (asked.vae, asked.spatial_decoder) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("run", "part", "recipe"),
+    [
+        ("uniugg_encoder-tiny", "encoder", "uniugg_encoder"),
+        ("uniugg_vae-tiny", "vae", "uniugg_vae"),
+        ("uniugg_vae-tiny", "spatial_decoder", "uniugg_vae"),
+        ("uniugg_finetune-tiny", "llm", "uniugg_finetune"),
+        ("uniugg_finetune-tiny", "diffusion", "uniugg_finetune"),
+    ],
+)
+def test_every_missing_part_is_named_with_its_recipe(root: Path, run: str, part: str, recipe: str):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    place = root / "runs" / run / "weights" / part
+    aside = place.with_name("aside")
+    place.rename(aside)
+    try:
+        with pytest.raises(
+            WeightsError, match=rf"part '{part}' is missing: .*{part}.* train recipe={recipe} size=tiny"
+        ):
+            open_pipeline(config, folder=folder)
+        assert find_parts(config, folder, given={part: aside})[part] == aside
+        assert find_parts(config, folder, given={part: f"run:{run}/aside"})[part] == aside
+    finally:
+        aside.rename(place)
+
+
+def test_a_vit_that_was_trained_again_is_refused_unless_it_is_asked_for(root: Path, tmp_path: Path):
+    folder, config = make_run(tmp_path)
+    encoder = Path(config.encoders["vit"].weights)
+    save_part(encoder, "encoder", seed=9)
+    with pytest.raises(WeightsError, match=r"encoder has sha256 .*was trained again since"):
+        open_pipeline(folder)
+    assert open_pipeline(folder, imagine=False, given={"encoder": encoder}).encoder is not None
+
+
+def test_modules_in_memory_stand_for_folders(root: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    llm = models.build("uniugg-llm-tiny")
+    assert open_pipeline(config, folder=folder, given={"llm": llm}).llm is llm
+    with pytest.raises(ConfigError, match="--part decoder: a run has the parts encoder, spatial_decoder, llm"):
+        open_pipeline(config, folder=folder, given={"decoder": folder})
+
+
+def test_a_checkpoint_of_another_tokenizer(root: Path, tmp_path: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    other = tmp_path / "llm"
+    shutil.copytree(folder / "weights" / "llm", other)
+    described = json.loads((other / "config.json").read_text())
+    described["settings"]["image_token_id"] = 5
+    (other / "config.json").write_text(json.dumps(described))
+    with pytest.raises(WeightsError, match=r"trained with image_token_id=5, tokenizer 'bytes' has \d+ for <\|image\|>"):
+        open_pipeline(config, folder=folder, given={"llm": other})
+    small = models.build("uniugg-llm-tiny")
+    small.vocab_size = 200  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="has 200 embedding rows"):
+        open_pipeline(config, folder=folder, given={"llm": small})
+
+
+def test_encoders_that_no_points_can_be_made_of(root: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    vit = config.encoders["vit"]
+    for changed, said in (
+        (dataclasses.replace(vit, family="mast3r"), r"encoders\.vit\.family=mast3r"),
+        (dataclasses.replace(vit, weights="random"), r"encoders\.vit\.weights=random: nothing was trained"),
+    ):
+        with pytest.raises((ConfigError, WeightsError), match=said):
+            find_parts(dataclasses.replace(config, encoders={**config.encoders, "vit": changed}), folder)
+    probe = configs.load([f"storage.root={root}"])
+    with pytest.raises(ConfigError, match="recipe probe, which cannot answer questions"):
+        open_pipeline(probe, imagine=False)
