@@ -95,6 +95,9 @@
     return { forward, right, up, place };
   }
 
+  // Pixels a unit of direction: the field of view is that of the shorter side, so that tall windows show as much.
+  const focalOf = (width, height) => Math.min(width, height) / (2 * Math.tan((eye.fov * Math.PI) / 360));
+
   const isShown = (index) => (index === 0 ? state.reference : state.target && index === state.view + 1);
 
   // Ends of the lines of a camera: its corners at a depth that suits the scene, and its centre.
@@ -164,14 +167,14 @@
     function matrix() {
       const { forward, right, up, place } = eyeFrame();
       const near = eye.distance / 200, far = eye.distance * 60;
-      const f = 1 / Math.tan((eye.fov * Math.PI) / 360), aspect = canvas.width / canvas.height;
+      const focal = 2 * focalOf(canvas.width, canvas.height);
       const rows = [right, up, forward.map((value) => -value)];
       const view = rows.map((row) => [...row, -row.reduce((sum, value, i) => sum + value * place[i], 0)]);
       const [a, b] = [(far + near) / (near - far), (2 * far * near) / (near - far)];
       const columns = [];
       for (let column = 0; column < 4; column++) {
         const w = column === 3 ? 1 : 0;
-        columns.push((f / aspect) * view[0][column], f * view[1][column], a * view[2][column] + b * w, -view[2][column]);
+        columns.push((focal / canvas.width) * view[0][column], (focal / canvas.height) * view[1][column], a * view[2][column] + b * w, -view[2][column]);
       }
       return new Float32Array(columns);
     }
@@ -212,7 +215,7 @@
   function pointSize() {
     const shown = groups.slice(0, 2).map((group) => group.count);
     const spacing = (2 * Math.hypot(...home.centre)) / Math.sqrt(Math.max(...shown, 1));
-    return (state.size * spacing * canvas.height) / (2 * Math.tan((eye.fov * Math.PI) / 360));
+    return state.size * spacing * focalOf(canvas.width, canvas.height);
   }
 
   // -- without WebGL: the same picture, point by point --------------------------------------------------------
@@ -256,7 +259,7 @@
         const image = context.createImageData(canvas.width, canvas.height);
         pixels = new Uint32Array(image.data.buffer).fill(0xff241c17);
         depths = new Float32Array(pixels.length).fill(Infinity);
-        const frame = eyeFrame(), focal = canvas.height / (2 * Math.tan((eye.fov * Math.PI) / 360));
+        const frame = eyeFrame(), focal = focalOf(canvas.width, canvas.height);
         groups.forEach((group, index) => { if (isShown(index)) splat(group, frame, focal, pointSize()); });
         context.putImageData(image, 0, 0);
         for (const [kind, camera] of shownCameras()) {
@@ -391,7 +394,7 @@
 
   function move(dx, dy) {
     const { right, up } = eyeFrame();
-    const metres = (2 * eye.distance * Math.tan((eye.fov * Math.PI) / 360)) / canvas.clientHeight;
+    const metres = eye.distance / focalOf(canvas.clientWidth, canvas.clientHeight);
     eye.centre = eye.centre.map((value, i) => value + (-dx * right[i] + dy * up[i]) * metres);
   }
 
