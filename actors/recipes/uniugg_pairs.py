@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.recipes.base import Built, Recipe, every_batch, kept_rows, row
+from actors.recipes.base import Built, LossTally, Recipe, every_batch, kept_rows, row
 from actors.recipes.pictures import Album, colour_depth, hstack
 from models.metrics.depth import DepthMetrics
 from models.metrics.images import psnr
@@ -21,6 +21,7 @@ from models.metrics.pointmap import PointmapMetrics, plane_points, token_cosine
 from models.uniugg.latent import LatentModel, pair_tokens
 from models.uniugg.losses_points import pair_targets
 from models.uniugg.pretraining import PAIR
+from models.uniugg.vae import SpatialVae
 from services.contracts import Split
 from services.errors import DataError
 from services.telemetry import events
@@ -121,24 +122,27 @@ def judge_encoder(
         means = TrainingMeans.measure(feed)
     scores = {name: PairScores() for name in ("trained", UNTRAINED, PLANE)}
     cosine = {name: Means() for name in ("trained", UNTRAINED)}
-    album, samples = Album(folder), 0
-    for batch, _ in _limited(feed, split):
+    losses = {name: LossTally(weights=recipe.loss_weights(built.spec.name)) for name in ("trained", UNTRAINED)}
+    album, samples, shown = Album(folder), 0, _shown(feed, split)
+    for number, batch in enumerate(_limited(feed, split)):
         kept = to_kept(batch, device)
         for name, module in (("trained", built.module), (UNTRAINED, untrained)):
+            losses[name].update(module, built.spec, kept, {})
             with torch.no_grad():
                 out = module(kept["image"], pairs=True)
             assert out.views is not None, "pairs were asked for"
             scores[name].update(out.views, kept)
             teacher = kept["teacher_tokens"][:, :, -1].float()
             cosine[name].update({"cosine": token_cosine(out.tokens, teacher)})
-            if name == "trained" and samples < EXAMPLES:
-                draw_pairs(album, kept, out.views, EXAMPLES - samples)
+            if name == "trained" and number in shown:
+                draw_pair(album, kept, out.views)
         scores[PLANE].update(means.views(kept), kept)
         samples += len(kept["weight"])
     _require(samples, split)
     album.save()
     found = {name: score.compute() for name, score in scores.items()}
-    metrics = {
+    metrics = {"loss": loss_row(losses["trained"], losses[UNTRAINED])}
+    metrics |= {
         f"points/{view}_error": row(
             found["trained"][f"{view}/error"],
             found[PLANE][f"{view}/error"],
@@ -185,12 +189,18 @@ def judge_latents(
     assert isinstance(first, LatentModel), "the recipe makes this model"
     first.eval().to(device)
     scores = {name: PairScores() for name in ("trained", ORIGINALS, NOT_FINETUNED)}
-    cosine, album, samples = Means(), Album(folder), 0
-    for batch, _ in _limited(feed, split):
+    losses = {name: LossTally(weights=recipe.loss_weights(built.spec.name)) for name in ("trained", UNTRAINED)}
+    first.vae.token_mean.copy_(module.vae.token_mean)  # statistics of the data, not something learnt
+    first.vae.token_std.copy_(module.vae.token_std)
+    cosine, album, samples, shown = Means(), Album(folder), 0, _shown(feed, split)
+    for number, batch in enumerate(_limited(feed, split)):
         kept = to_kept(batch, device)
         tokens = pair_tokens(kept).float()
+        for name, model in (("trained", module), (UNTRAINED, first)):
+            losses[name].update(model, built.spec, kept, {})
         with torch.no_grad():
-            rebuilt = module.vae.decode(module.vae.encode(tokens.flatten(0, 1)).mean).unflatten(0, (-1, 2))
+            rebuilt = _reconstruct(module.vae, tokens)
+            untrained = _reconstruct(first.vae, tokens)
             views = module.spatial_decoder(*rebuilt.unbind(1))
             scores["trained"].update(views, kept)
             scores[ORIGINALS].update(first.spatial_decoder(*tokens.unbind(1)), kept)
@@ -198,16 +208,22 @@ def judge_latents(
         cosine.update(
             {
                 "trained": token_cosine(rebuilt, tokens),
+                UNTRAINED: token_cosine(untrained, tokens),
                 "baseline": token_cosine(module.vae.token_mean.expand_as(tokens), tokens),
             }
         )
-        if samples < EXAMPLES:
-            draw_pairs(album, kept, views, EXAMPLES - samples)
+        if number in shown:
+            draw_pair(album, kept, views)
         samples += len(kept["weight"])
     _require(samples, split)
     album.save()
     found, cosines = {name: score.compute() for name, score in scores.items()}, cosine.compute()
-    metrics = {"tokens/cosine": row(cosines["trained"], cosines["baseline"], MEAN_ORIGINAL, "higher")}
+    metrics = {
+        "loss": loss_row(losses["trained"], losses[UNTRAINED]),
+        "tokens/cosine": row(
+            cosines["trained"], cosines["baseline"], MEAN_ORIGINAL, "higher", **{UNTRAINED: cosines[UNTRAINED]}
+        ),
+    }
     for name, key, better in (
         ("points/view1_error", "view1/error", "lower"),
         ("points/view2_error", "view2/error", "lower"),
@@ -225,22 +241,41 @@ def judge_latents(
     return {"samples": samples, "metrics": metrics}
 
 
+def _reconstruct(vae: SpatialVae, tokens: Tensor) -> Tensor:
+    """Tokens (B, 2, h, w, C) through the mean of their posterior and back."""
+    return vae.decode(vae.encode(tokens.flatten(0, 1)).mean).unflatten(0, (-1, 2))
+
+
+def loss_row(trained: LossTally, untrained: LossTally) -> dict[str, Any]:
+    """The whole loss beside that of the network before training."""
+    return row(trained.compute()["loss"], untrained.compute()["loss"], UNTRAINED, "lower")
+
+
 def to_kept(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
     """The samples of weight above 0, on ``device``."""
     kept = kept_rows(batch, batch["weight"] > 0)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
 
 
-def _limited(feed: Feed, split: Split) -> Any:
-    """Batches of pairs of the split, at most ``evaluate.samples`` samples (0: all)."""
+def _limited(feed: Feed, split: Split) -> Iterator[dict[str, Any]]:
+    """Batches of pairs of the split that hold a sample, at most ``evaluate.samples`` samples (0: all)."""
     limit, seen = feed.config.evaluate.samples, 0
     for batch, samples in every_batch(feed, split, PAIR):
         if not (batch["weight"] > 0).any():
             continue
-        yield batch, samples
+        yield batch
         seen += len(samples)
         if limit and seen >= limit:
             return
+
+
+def _shown(feed: Feed, split: Split) -> frozenset[int]:
+    """Numbers of the batches whose first pair is drawn, spread evenly over what is judged."""
+    plan = feed.plan(split, complete=True)
+    batches = plan.steps_per_epoch
+    if feed.config.evaluate.samples:
+        batches = min(batches, -(-feed.config.evaluate.samples // plan.micro_batch))
+    return frozenset(int(number) for number in np.linspace(0, batches - 1, min(EXAMPLES, batches)))
 
 
 def _require(samples: int, split: Split) -> None:
@@ -254,30 +289,28 @@ def _beside(found: Mapping[str, Mapping[str, float]], name: str, better: str) ->
     return row(found["trained"][name], found[PLANE][name], PLANE, better, **{UNTRAINED: found[UNTRAINED][name]})
 
 
-def draw_pairs(album: Album, batch: Mapping[str, Any], views: Views, count: int) -> None:
-    """Up to ``count`` pairs: pictures, predicted colours, depth along each view's axis as truth and as predicted."""
-    targets = pair_targets(batch["depth"], batch["K"], batch["pose"])
-    to_second = torch.linalg.inv(batch["pose"][:, 1].double()) @ batch["pose"][:, 0].double()
-    for place in range(min(count, len(batch["weight"]))):
-        rows_of = []
-        for view in range(2):
-            points = views[view]["pts3d"][place].detach().double().cpu()
-            if view == 1:  # view 2's points stand in view 1's frame; its own depth is along its own axis
-                T = to_second[place].cpu()
-                points = points @ T[:3, :3].T + T[:3, 3]
-            true = batch["depth"][place, view].cpu().numpy()
-            low, high = _range(true)
-            tiles = [batch["image"][place, view].cpu().numpy()]
-            if "rgb" in views[view]:
-                tiles.append((views[view]["rgb"][place].detach().cpu().numpy() * 255).round().astype(np.uint8))
-            tiles.append(colour_depth(np.where(targets.valid[place, view].cpu().numpy(), true, 0), low, high))
-            tiles.append(colour_depth(points[..., 2].numpy(), low, high))
-            rows_of.append(hstack(tiles))
-        album.add(
-            np.concatenate(rows_of),
-            f"Pair {batch['id'][place]}",
-            "view 1 above, view 2 below: picture, predicted colours, measured depth, predicted depth",
+def draw_pair(album: Album, batch: Mapping[str, Any], views: Views) -> None:
+    """The first pair: pictures, predicted colours, depth along each view's axis as truth and as predicted."""
+    to_second = (torch.linalg.inv(batch["pose"][0, 1].double()) @ batch["pose"][0, 0].double()).cpu()
+    rows_of = []
+    for place, view in enumerate(views):
+        points = view["pts3d"][0].detach().double().cpu()
+        if place == 1:  # view 2's points stand in view 1's frame; its own depth is along its own axis
+            points = points @ to_second[:3, :3].T + to_second[:3, 3]
+        true = batch["depth"][0, place].cpu().numpy()
+        low, high = _range(true)
+        tiles = [batch["image"][0, place].cpu().numpy()]
+        if "rgb" in view:
+            tiles.append((view["rgb"][0].detach().cpu().numpy() * 255).round().astype(np.uint8))
+        known = np.where(np.isfinite(true) & (true > 0), true, 0)
+        rows_of.append(
+            hstack([*tiles, colour_depth(known, low, high), colour_depth(points[..., 2].numpy(), low, high)])
         )
+    album.add(
+        np.concatenate(rows_of),
+        f"Pair {batch['id'][0]}",
+        "view 1 above, view 2 below: picture, predicted colours, measured depth, predicted depth",
+    )
 
 
 def _range(depth: np.ndarray) -> tuple[float, float]:
