@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 import configs
 from actors.driver import run_folder
 from configs import ConfigError, RunConfig
-from configs.compose import groups
 from configs.paths import RUN
 from models.encoders.uniugg import READS
 from models.encoders.weights import stored_digest
@@ -34,6 +34,9 @@ IMAGINING = ("uniugg_joint", "uniugg_finetune", "uniugg_direct")
 """Recipes whose runs imagine views."""
 ANSWERING = ("uniugg_align", *IMAGINING)
 """Recipes whose runs answer questions."""
+_LATENTS = ("latent_mean", "latent_scale")
+_DESCRIBING = ("recipe", "size")
+"""Groups whose choice says which run is meant."""
 
 
 # -- the run -------------------------------------------------------------------------------------------------
@@ -45,12 +48,14 @@ def open_run(run: str, overrides: Sequence[str] = (), file: str | None = None) -
     Args:
         run: the folder, or the name of a run under ``storage.root``; "" for the run that ``overrides`` describe
             (``name=...``, or ``recipe=... size=...``).
-        overrides: of the command line; choices of groups describe which run, single keys change how it is used.
-        file: a saved configuration to describe it, as ``--config``.
+        overrides: of the command line; ``recipe=`` and ``size=`` say which run, single keys change how it is used.
+        file: a saved configuration that says which run, as ``--config``.
 
-    DataError lists similar names when there is no such run.
+    DataError lists similar names when there is no such run; ConfigError when it is described twice.
     """
-    keys = [text for text in overrides if text.partition("=")[0] not in groups()]
+    if run and file:
+        raise ConfigError(f"--run {run} and --config {file} both say which run is meant; keep one")
+    keys = [text for text in overrides if run or text.partition("=")[0] not in _DESCRIBING]
     folder = Path(run).expanduser().absolute() if run else run_folder(configs.load(overrides, file=file))
     if run and not (folder / "config.yaml").is_file() and "/" not in run:
         root = [text for text in keys if text.startswith("storage.root=")]
@@ -225,6 +230,8 @@ def open_pipeline(
     _check_together(config, found, places)
     loaded = {name: load_pretrained(place) for name, place in found.items()} | modules
     check_tokenizer(config, loaded["llm"], found.get("llm", folder))
+    if "diffusion" in loaded and "vae" in loaded:
+        check_latents(loaded["diffusion"], loaded["vae"])
     size = (config.encoders["vit"].height, config.encoders["vit"].width)
     text = text_columns(config, loaded["llm"])
     return Pipeline(
@@ -242,6 +249,18 @@ def text_columns(config: RunConfig, llm: nn.Module) -> TextColumns:
 
     vit, patch = config.encoders["vit"], int(llm.patch)  # type: ignore[arg-type]
     return TextColumns(config, (vit.height // patch) * (vit.width // patch))
+
+
+def check_latents(diffusion: nn.Module, vae: nn.Module) -> None:
+    """WeightsError unless the diffusion was trained on the latents of this VAE, which it keeps the statistics of."""
+    mine, theirs = ({name: getattr(part, name) for name in _LATENTS} for part in (diffusion, vae))
+    for name in _LATENTS:
+        if mine[name].shape != theirs[name].shape or not torch.allclose(mine[name].cpu(), theirs[name].cpu()):
+            raise WeightsError(
+                f"the diffusion was trained on latents with {name}={mine[name].tolist()}, those of the VAE have "
+                f"{theirs[name].tolist()}: they do not belong together; train the run again behind this VAE, or name "
+                "the VAE that it was trained behind with --part vae=FOLDER"
+            )
 
 
 def check_tokenizer(config: RunConfig, llm: nn.Module, where: Path) -> None:

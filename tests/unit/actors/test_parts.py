@@ -136,6 +136,22 @@ def test_a_checkpoint_of_another_tokenizer(root: Path, tmp_path: Path):
         open_pipeline(config, folder=folder, given={"llm": small})
 
 
+def test_a_diffusion_of_other_latents(root: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    vae = models.build("spatial-vae-tiny")
+    vae.latent_mean += 0.5  # type: ignore[operator]
+    with pytest.raises(WeightsError, match=r"with latent_mean=\[0\.0, .*those of the VAE have \[0\.5, "):
+        open_pipeline(config, folder=folder, given={"vae": vae})
+
+
+def test_a_run_is_described_once(root: Path):
+    folder = str(root / "runs" / "uniugg_finetune-tiny")
+    with pytest.raises(ConfigError, match=r"--run .* and --config other\.yaml both say"):
+        open_run(folder, [], "other.yaml")
+    with pytest.raises(ConfigError, match="data=scannet: a saved configuration is composed already"):
+        open_run(folder, ["data=scannet"])
+
+
 def test_encoders_that_no_points_can_be_made_of(root: Path):
     folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
     vit = config.encoders["vit"]
