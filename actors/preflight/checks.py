@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
-from actors.preflight.encoders import EncoderCost
 from actors.preflight.plan import CachePlan, NodePlan, RolePlan
+from actors.preflight.sizes import DataSize
 from configs.schema import RunConfig
 from services.runtime.placement import MEMORY
+from services.streams.inputs import wanted_kinds
 
 GB = 1e9
 
@@ -45,14 +46,28 @@ def storage_problems(config: RunConfig, nodes: Sequence[NodePlan]) -> Iterator[s
             yield f"logger.{library}={value} needs the library {library}: pip install 'loom3d[{library}]'"
 
 
-def weights_problems(config: RunConfig, features: EncoderCost) -> Iterator[str]:
-    """Weights that are not here, where the run is on this machine (nodes of a cluster may have them)."""
-    if not features.available and config.cluster.mode != "attach":
-        weights = config.encoders[features.name].weights
+def data_problems(config: RunConfig, data: Sequence[DataSize]) -> Iterator[str]:
+    """Kinds of sample that none of the sources can give, where that is known before they are read."""
+    drawn = [size for size in data if config.data.sources[size.source].weight > 0]
+    for kind in wanted_kinds(config):
+        if any(not size.known or size.units(kind, "train") for size in drawn):
+            continue
+        needs, example = _NEEDS[kind]
         yield (
-            f"encoders.{features.name}.weights={weights} is not on this machine and cannot be fetched: give the folder "
-            "that holds its config.json and model.safetensors, or choose a random encoder such as encoder=dinov2-tiny"
+            f"recipe.quotas gives {kind!r} a share, but the training split of {', '.join(s.source for s in drawn)} has "
+            f"none: it takes {needs}; add a source that has them ({example}), or set recipe.quotas.{kind}=0"
         )
+
+
+#: Kind -> what it is made of, and where that can be had.
+_NEEDS: Mapping[str, tuple[str, str]] = {
+    "view": ("views of scenes", "data=rooms"),
+    "view_set": ("views of scenes", "data=rooms"),
+    "pair": ("views of scenes with depth, intrinsics and poses that see the same things", "data=rooms"),
+    "generation": ("views of scenes with depth, intrinsics and poses that see the same things", "data=rooms"),
+    "item": ("pictures that belong to no scene", "data=corpus"),
+    "conversation": ("items with questions and answers", "data=rooms-qa"),
+}
 
 
 def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_memory_gb: float) -> Iterator[str]:

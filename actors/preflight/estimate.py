@@ -8,25 +8,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.preflight import checks
-from actors.preflight.batches import Lengths
+from actors.preflight.batches import ANSWERED, Lengths
 from actors.preflight.encoders import EncoderCost, encoder_costs, with_upstreams
 from actors.preflight.memory import PROCESS_BYTES
-from actors.preflight.plan import CachePlan, NodePlan, Plan, RolePlan
+from actors.preflight.missing import missing
+from actors.preflight.plan import CachePlan, EdgePlan, NodePlan, Plan, RolePlan
 from actors.preflight.rates import Rates, measured_rates
 from actors.preflight.roles import RoleCost, role_costs
 from actors.preflight.schedule import schedule
 from actors.preflight.sizes import DataSize, data_sizes, most_pictures
+from actors.recipes import open_recipe
 from configs.schema import RunConfig
 from services.errors import PlacementError
 from services.runtime import placement
 from services.runtime.placement import Node
 from services.streams.inputs import entry_kinds, used_encoders
+from services.streams.sampling import PAIR_KINDS
 
 LEAST_TEXT = 64
 """Tokens of a conversation that are not its pictures', at least."""
 
 
-def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nodes: Sequence[Node] = ()) -> Plan:
+def plan(
+    config: RunConfig,
+    *,
+    rates: Path | None = None,
+    address: str = "",
+    nodes: Sequence[Node] = (),
+    fetch: bool = False,
+) -> Plan:
     """What a run of ``config`` needs, without starting it.
 
     Args:
@@ -34,6 +44,7 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
         rates: Run folder whose measured step and encode times replace FLOPs over given TFLOP/s.
         address: A running cluster whose nodes are used instead of ``cluster.nodes``.
         nodes: The nodes, where they are known already.
+        fetch: Try to have weights and tokenizers with hub names, as the run would, before they count as missing.
 
     Raises:
         LoomError, ModelError, ConfigError: what is asked for cannot be described (an unknown model, weights whose
@@ -41,8 +52,10 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
     """
     machines = list(nodes) or _machines(config, address)
     encoders = encoder_costs(config)
+    absent = missing(config, encoders, fetch=fetch)
     data = data_sizes(config)
-    costs = role_costs(config, encoders, max(size.classes for size in data) or 1, _lengths(config, encoders, data))
+    sizes = _lengths(config, encoders, data)
+    costs = role_costs(config, encoders, max(size.classes for size in data) or 1, sizes)
     records = _records(config, encoders, data)
     cache = _cache(config, encoders, records)
     bundles = placement.bundles_from_config(config)
@@ -54,6 +67,7 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
         *checks.storage_problems(config, node_plans),
         *checks.memory_problems(roles, node_plans, gpu_memory),
         *checks.disk_problems(config, cache),
+        *checks.data_problems(config, data),
     ]
     found = measured_rates(rates) if rates else Rates()
     return Plan(
@@ -64,25 +78,45 @@ def plan(config: RunConfig, *, rates: Path | None = None, address: str = "", nod
         steps=costs,
         samples={role: cost.samples for role, cost in costs.items()},
         peaks={role: cost.peak for role, cost in costs.items()},
+        edges=_edges(config, costs),
         encoders=tuple(encoders.values()),
         data=tuple(data),
         cache=cache,
         schedule=schedule(config, costs, encoders, data, cache, found),
         problems=tuple(problems),
-        notes=tuple(_notes(config, data, encoders)),
+        missing=tuple(absent),
+        notes=tuple(_notes(config, data, encoders, costs, sizes)),
     )
 
 
 def check(config: RunConfig, nodes: Sequence[Node] = ()) -> Plan:
     """:func:`plan`, for the driver: PlacementError with every reason why the run cannot start.
 
-    Weights that are missing count here; a plan may be made before they are fetched.
+    What is missing counts here; a plan may be made before it was trained or fetched.
     """
-    found = plan(config, nodes=nodes)
-    problems = [*found.problems, *(p for e in found.encoders for p in checks.weights_problems(config, e))]
+    found = plan(config, nodes=nodes, fetch=True)
+    problems = [*found.problems, *found.missing]
     if problems:
         raise PlacementError("the run cannot start:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return found
+
+
+def _edges(config: RunConfig, costs: Mapping[str, RoleCost]) -> tuple[EdgePlan, ...]:
+    """What crosses in a step between the roles that the recipe trains."""
+    found = []
+    for edge in open_recipe(config).edges:
+        workers = min(config.cluster.roles[edge.source].workers)
+        found.append(
+            EdgePlan(
+                source=edge.source,
+                target=edge.target,
+                tensors=tuple(tensor.name for tensor in edge.tensors),
+                kinds=edge.kinds,
+                forward_bytes=workers * costs[edge.source].sends.get(edge.target, 0),
+                backward_bytes=workers * costs[edge.source].receives.get(edge.target, 0),
+            )
+        )
+    return tuple(found)
 
 
 def _machines(config: RunConfig, address: str) -> list[Node]:
@@ -114,13 +148,15 @@ def _role(
     encoders: Mapping[str, EncoderCost],
 ) -> RolePlan:
     """Memory of one worker: tensors on its GPU if it has one, else in host memory beside the process itself."""
+    # A replica runs all encoders that are asked for; one of them works at a time.
+    working = max(e.memory(config.encoders[name].batch_size) - e.weight_bytes for name, e in encoders.items())
+    encoding = sum(encoder.weight_bytes for encoder in encoders.values()) + working
     if bundle.role == "feature":
-        # A replica runs all encoders that are asked for; one of them works at a time.
-        working = max(e.memory(config.encoders[name].batch_size) - e.weight_bytes for name, e in encoders.items())
-        peak = sum(encoder.weight_bytes for encoder in encoders.values()) + working
-        buffers = config.cache.shard_bytes
+        peak, buffers = encoding, config.cache.shard_bytes
     else:
         peak, buffers = costs[bundle.role].peak, config.trainer.prefetch_steps * costs[bundle.role].batch
+        if config.cluster.mode == "inline" and bundle.role == next(iter(costs)):
+            buffers += encoding  # in the one process that there is
     on_gpu = bundle.asks.get("GPU", 0.0) > 0
     return RolePlan(
         role=bundle.role,
@@ -180,17 +216,35 @@ def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Seque
     return Lengths(views=max(1, min(most_pictures(data), room)), tokens=config.data.text.max_length)
 
 
-def _notes(config: RunConfig, data: Sequence[DataSize], encoders: Mapping[str, EncoderCost]) -> list[str]:
-    notes = [
-        f"source {size.source} is not indexed yet ({size.scenes} scenes): bytes and epochs leave it out; "
-        "run `loom3d data index` first"
-        for size in data
-        if not size.known
-    ]
+def _notes(
+    config: RunConfig,
+    data: Sequence[DataSize],
+    encoders: Mapping[str, EncoderCost],
+    costs: Mapping[str, RoleCost],
+    sizes: Lengths,
+) -> list[str]:
+    notes = []
+    for size in (size for size in data if not size.known):
+        if size.of:
+            notes.append(
+                f"source {size.source} is made of the scenes of {size.of} when the run starts: epochs leave it out"
+            )
+        else:
+            notes.append(
+                f"source {size.source} is not indexed yet ({size.scenes} scenes): bytes and epochs leave it out; "
+                "run `loom3d data index` first"
+            )
+    kinds = {kind for cost in costs.values() for kind in cost.kinds}
+    if kinds & PAIR_KINDS.keys() and any(size.pairs is None and size.views for size in data):
+        notes.append("pairs are not measured yet: an epoch is taken to have as many as views; see `loom3d data pairs`")
+    if "conversation" in kinds:
+        notes.append(
+            f"a conversation is taken to be as long as it may be: {sizes.tokens} tokens (data.text.max_length), "
+            f"{sizes.views} picture{'s' if sizes.views > 1 else ''} among them, {ANSWERED:.0%} of the text answers"
+        )
     if config.cluster.mode == "inline":
         notes.append("cluster.mode=inline: one process, so memory adds up and encoding waits for training")
     for name, encoder in encoders.items():
-        notes += checks.weights_problems(config, encoder)
         if not encoder.flops:
             notes.append(f"the work of encoder {name} was not counted; its time is left out")
     return notes

@@ -190,14 +190,17 @@ class _Tape:
 def spread(
     cost: StepCost, module: nn.Module, role: RoleSpec, backend: str, workers: int, *, reshard: bool = True
 ) -> StepCost:
-    """``cost`` on one of ``workers`` of a backend that shards; single and ddp keep everything on each of them.
+    """``cost`` on one of ``workers`` of a backend; single and ddp keep everything on each of them.
 
     fsdp2 divides weights, gradients and moments, and gathers the block at work and the next one (without
     resharding: all of them). zero2 divides gradients and moments and keeps another copy of its part of the weights;
     zero3 divides the weights too, and keeps up to a thousand million of them gathered.
     """
-    if workers == 1 or backend in ("single", "ddp"):
+    if workers == 1:
         return cost
+    if backend in ("single", "ddp"):
+        # Gradients, as one flat vector and as the message that is summed, when activations are gone.
+        return dataclasses.replace(cost, working=max(cost.working, 3 * cost.gradients - cost.activations))
     weights, optimiser = cost.weights, cost.optimiser
     if backend == "zero2":
         optimiser += cost.gradients

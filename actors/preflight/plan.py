@@ -36,6 +36,19 @@ class NodePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EdgePlan:
+    """What crosses between two roles in a step, all workers together."""
+
+    source: str
+    target: str
+    tensors: tuple[str, ...]
+    kinds: tuple[str, ...]
+    forward_bytes: int
+    backward_bytes: int
+    """Gradients, which go the other way."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CachePlan:
     """What the feature cache will hold and give."""
 
@@ -106,12 +119,15 @@ class Plan:
     """Role -> samples of one worker's micro-batch."""
     peaks: dict[str, int]
     """Role -> peak bytes of tensors of one worker."""
+    edges: tuple[EdgePlan, ...]
     encoders: tuple[EncoderCost, ...]
     data: tuple[DataSize, ...]
     cache: CachePlan
     schedule: Schedule
     problems: tuple[str, ...] = ()
     """Why the run cannot start; empty when it can."""
+    missing: tuple[str, ...] = ()
+    """What the run starts from that is not on this machine. A plan may be made before; the run cannot start."""
     notes: tuple[str, ...] = ()
 
     @property

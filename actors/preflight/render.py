@@ -18,18 +18,27 @@ _COUNT_UNITS = ("", "K", "M", "G", "T", "P")
 def render(plan: Plan, width: int = 120) -> str:
     """The plan as text: tables of roles, encoders, cache and time, then notes, and whether it fits."""
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    for table in (_roles(plan), _encoders(plan), _schedule(plan)):
+    edges = [_edges(plan)] if plan.edges else []
+    for table in (_roles(plan), *edges, _encoders(plan), _schedule(plan)):
         console.print(table)
+    for text in plan.missing:
+        console.print(f"missing: {text}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     if plan.fits:
-        console.print(f"{plan.name} fits{'; mind the notes' if plan.notes else ''}.", highlight=False)
+        console.print(f"{plan.name} fits{_but(plan)}.", highlight=False)
     else:
         console.print(f"{plan.name} does NOT fit:", highlight=False)
         for problem in plan.problems:
             console.print(f"  - {problem}", highlight=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip("\n")
+
+
+def _but(plan: Plan) -> str:
+    if plan.missing:
+        return ", but cannot start before what is missing is there"
+    return "; mind the notes" if plan.notes else ""
 
 
 def size(count: float) -> str:
@@ -120,7 +129,7 @@ def _schedule(plan: Plan) -> Table:
     rows = [
         ("steps", f"{s.steps} of {s.samples_per_step} samples: {epochs}"),
         ("encode every input once", duration(s.encode_s)),
-        ("compute all steps", duration(s.train_s)),
+        ("compute all steps", duration(s.train_s) + _by_role(plan)),
         ("read features of all steps", duration(s.read_s) if s.read_s else "within the measured steps"),
         ("validate and evaluate", duration(s.validate_s)),
         ("expected in all", f"{duration(s.total_s)}; {limits}"),
@@ -131,6 +140,26 @@ def _schedule(plan: Plan) -> Table:
         ),
     ]
     return _facts("time", rows)
+
+
+def _by_role(plan: Plan) -> str:
+    """What each of several roles takes, the slowest first."""
+    seconds = sorted(plan.schedule.role_s.items(), key=lambda entry: -entry[1])
+    if len(seconds) < 2:
+        return ""
+    return " (" + ", ".join(f"{role} alone {duration(each)}" for role, each in seconds) + ")"
+
+
+def _edges(plan: Plan) -> Table:
+    rows = [
+        (
+            f"{edge.source} -> {edge.target}",
+            f"{', '.join(edge.tensors)} of {', '.join(edge.kinds)}: {size(edge.forward_bytes)} a step, "
+            f"{size(edge.backward_bytes)} of gradients back",
+        )
+        for edge in plan.edges
+    ]
+    return _facts("between roles", rows)
 
 
 def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:

@@ -50,13 +50,16 @@ def schedule(
     total = sum(sum(by_kind.values()) for by_kind in units.values())
     train_share = sum(units["train"].values()) / total if total else 0.0
     training = "training" if len(costs) == 1 else f"training {slowest}"
+    compared = steps_per_epoch or trainer.steps  # an epoch; or the whole run, where epochs are not known
     first = {
-        "encoding": encode_s * train_share,
-        "reading": read_s * steps_per_epoch,
-        training: step_s * steps_per_epoch,
+        "encoding": encode_s * (train_share if steps_per_epoch else 1),
+        "reading": read_s * compared,
+        training: step_s * compared,
     }
     later = first | {"encoding": (1 - cache.hit_rates[1]) * first["encoding"]}
     streaming = min(1.0, epochs) * max(first.values()) + max(0.0, epochs - 1) * max(later.values())
+    if not steps_per_epoch:
+        streaming = max(first.values())
     validations = trainer.steps // trainer.validate_every if trainer.validate_every else 0
     judged = validations * sum(units["val"].values()) + total
     validate_s = judged / samples * max(step_s * FORWARD, read_s)
@@ -71,7 +74,7 @@ def schedule(
         role_s={role: trainer.steps * each for role, each in seconds.items()},
         read_s=read_s * trainer.steps,
         validate_s=validate_s,
-        total_s=(streaming or train_s) + validate_s,
+        total_s=streaming + validate_s,
         bottlenecks=(max(first, key=first.__getitem__), max(later, key=later.__getitem__)),
         rates=rates.source,
     )

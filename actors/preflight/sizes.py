@@ -18,6 +18,9 @@ from services.data.manifest import Manifest
 from services.errors import DataError
 from services.streams.sampling import PAIR_KINDS, needs_pairs
 
+#: Formats without posed depth, of which no pairs can be made.
+_FLAT = frozenset({"re10k", "images", "corpus", "questions", "benchmark"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
@@ -126,6 +129,8 @@ def _pairs(name: str, manifest: Manifest, config: RunConfig) -> dict[str, int] |
     """Pairs by split from the index of the source; None where there is none."""
     if not needs_pairs(config):
         return None
+    if config.data.sources[name].format in _FLAT:
+        return {}
     from services.data.pairs import stored_pairs
 
     try:
@@ -146,6 +151,8 @@ def _questions(name: str, source: SourceConfig, config: RunConfig) -> DataSize:
 
     of = is_made_of(source)
     limit = int(source.options.get("max_views", 0) or config.data.questions.max_views)
+    if not source.options.get("questions", True):
+        limit = 1  # captions of single views
     unknown = DataSize(source=name, scenes=0, views={}, classes=0, known=False, most_pictures=limit, of=of)
     about = _stored(of, config.data.sources[of], config)
     if about is None:
