@@ -298,7 +298,9 @@ class RecipeConfig:
     # Which encoder (key under `encoders`) feeds the model of the probe; the other recipes name theirs (teacher, vit,
     # vae, reconstruction).
     features: str = "features"
-    # Role -> globs of the parameters that are trained; a role that is not named trains all of its parameters.
+    # Role -> globs of the parameters that are trained; a role that is not named trains all of its parameters. With
+    # peft=lora the parameters that are trained beside the low-rank updates; by default the new layers (projector,
+    # queries, conditioning).
     train: dict[str, list[str]] = field(default_factory=dict)
     # Settings of UniUGG's recipes.
     uniugg: UniuggConfig = field(default_factory=UniuggConfig)

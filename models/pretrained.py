@@ -2,6 +2,11 @@
 
 What a run has trained is saved so, and is read again as a frozen encoder, as the start of another run, or to
 generate. Nothing is unpickled.
+
+A part may hold a *network* of transformers or diffusers: the child that its class names as ``network``. An export
+writes that one in its library's layout, and ``networks`` in the part's config.json says in which file it lies:
+``{"language": "../language/model.safetensors"}``. ``adapters`` names low-rank updates of it that lie in another
+folder still; such a part is not whole, and is refused here.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from models.errors import WeightsError
 from models.registry import build
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+NETWORKS, ADAPTERS = "networks", "adapters"
 FORMAT = 1
 
 
@@ -47,8 +53,8 @@ def save_pretrained(
     (folder / f"{CONFIG}.tmp").replace(folder / CONFIG)
 
 
-def describe_pretrained(folder: str | Path) -> dict[str, Any]:
-    """The content of config.json. WeightsError when there is none, or of another format."""
+def describe_pretrained(folder: str | Path, *, any_format: bool = False) -> dict[str, Any]:
+    """The content of config.json. WeightsError when there is none, or (unless ``any_format``) of another format."""
     path = Path(folder).expanduser() / CONFIG
     try:
         described = json.loads(path.read_text())
@@ -56,6 +62,8 @@ def describe_pretrained(folder: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path} cannot be read ({error}); train that part first, or give its folder") from error
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
+    if isinstance(described, dict) and any_format:
+        return described
     if not isinstance(described, dict) or described.get("format") != FORMAT or "model" not in described:
         raise WeightsError(f"{path} does not describe a part of ours (format {FORMAT}, model, settings)")
     return described
@@ -63,7 +71,33 @@ def describe_pretrained(folder: str | Path) -> dict[str, Any]:
 
 def read_pretrained(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of a saved part by name. WeightsError when they cannot be read."""
-    path = Path(folder).expanduser() / WEIGHTS
+    path = Path(folder).expanduser()
+    tensors = _read(path / WEIGHTS)
+    for child, file in _networks(path).items():
+        tensors |= {f"{child}.{name}": tensor for name, tensor in _read(path / file).items()}
+    return tensors
+
+
+def network_of(module: nn.Module) -> str:
+    """Name of the child that is a network of transformers or diffusers; "" without one."""
+    return str(getattr(module, "network", ""))
+
+
+def _networks(folder: Path) -> Mapping[str, str]:
+    """Child -> file, of networks that lie elsewhere. WeightsError for a part that lacks its low-rank updates."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    described = describe_pretrained(folder, any_format=True)
+    if described.get(ADAPTERS):
+        raise WeightsError(
+            f"{folder} is a part without its low-rank updates, which lie in {list(described[ADAPTERS].values())}: "
+            "export the run with --merge to use it as it is, or load the updates with PEFT"
+        )
+    found: Mapping[str, str] = described.get(NETWORKS, {})
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -88,7 +122,13 @@ def load_part(module: nn.Module, folder: str | Path, *, new: Sequence[str] = ())
     """
     tensors, own = read_pretrained(folder), module.state_dict()
     wrong = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    missing = [n for n in sorted(own.keys() - tensors.keys()) if not any(fnmatch.fnmatchcase(n, g) for g in new)]
+    # Transformers stores a weight that has two names (tied embeddings) under one.
+    tied = {(t.data_ptr(), t.shape) for n, t in own.items() if n in tensors}
+    missing = [
+        n
+        for n in sorted(own.keys() - tensors.keys())
+        if (own[n].data_ptr(), own[n].shape) not in tied and not any(fnmatch.fnmatchcase(n, g) for g in new)
+    ]
     left = sorted(tensors.keys() - own.keys())
     if missing or left or wrong:
         shapes = [f"{n}: expected {tuple(own[n].shape)}, got {tuple(tensors[n].shape)}" for n in wrong[:10]]

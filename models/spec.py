@@ -80,6 +80,12 @@ class RoleSpec:
     no_decay: tuple[str, ...] = ("bias", "norm")
     """Substrings of parameter names that get no weight decay."""
     lora_targets: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get a low-rank update, where a run asks for such."""
+    heads: tuple[str, ...] = ()
+    """Globs of the parameters that are trained whole beside low-rank updates: new layers beside a pretrained network.
+
+    () are all children of the module that hold no update.
+    """
     checkpointed: tuple[str, ...] = ()
     """Class names of the blocks that activation checkpointing wraps, and that FSDP2 shards one by one."""
 

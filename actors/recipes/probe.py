@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actors.recipes.base import Built, Facts, Recipe, kept_rows, seeded
+from actors.recipes.base import Built, Facts, Part, Recipe, kept_rows, seeded
 from configs import ConfigError
 from models.metrics.depth import DepthMetrics
 from models.metrics.segmentation import SegmentationMetrics
@@ -68,6 +68,10 @@ class ProbeRecipe(Recipe):
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: ARG002, D102
         module, spec = build_probe(self.config.model.name, settings, self.config.seed)
         return Built(module=module, spec=spec, settings=settings)
+
+    def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: ARG002
+        """``heads``: all three, with the statistics of the features."""
+        return {"heads": Part(module=module, model=self.config.model.name, settings=settings)}
 
     def tally(self, role: str, feed: Feed) -> Tally:  # noqa: D102
         return Tally(len(feed.targets.classes), self.loss_weights(role))

@@ -14,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import ConfigError
 from configs.schema import PeftConfig
+from models.errors import WeightsError
+from models.pretrained import network_of
 from models.spec import RoleSpec
 
 _ADAPTER = "default"
+_PREFIX = "base_model.model."
+"""What PEFT's wrapper puts before a network's names."""
 _WEIGHTS = "adapter_model.safetensors"
+LORA = "lora"
+"""Key of a part's config.json: the low-rank updates that are merged into it, and the folder where they lie alone."""
 
 
 def apply_lora(
@@ -37,7 +44,7 @@ def apply_lora(
         role: names the modules that get an update where ``peft.targets`` does not.
         peft: rank, alpha, dropout, targets. A target is the last part, or last parts, of a module's name.
         keep: globs of parameters that are trained whole beside the updates, as ``recipe.train`` names them. () are the
-            children of ``module`` that hold no update: new layers beside a pretrained network.
+            role's ``heads``; where it names none, the children of ``module`` that hold no update.
         seed: of the updates' first factor.
 
     ConfigError for a target or a glob that matches nothing, or a layer that cannot have an update.
@@ -46,7 +53,7 @@ def apply_lora(
 
     targets = peft.targets or list(role.lora_targets)
     _check_targets(module, role, targets)
-    kept = _kept(module, keep, targets)
+    kept = _kept(module, keep or role.heads, targets)
     config = LoraConfig(
         r=peft.rank, lora_alpha=_alpha(peft.alpha), lora_dropout=peft.dropout, target_modules=list(targets)
     )
@@ -79,6 +86,24 @@ def merge_lora(module: nn.Module) -> nn.Module:
     return module
 
 
+@torch.no_grad()
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict that :func:`merge_lora` would leave; the module stays as it is, and so do its tensors."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if not _is_update(name)
+    }
+    for name, child in module.named_modules():
+        if isinstance(child, BaseTunerLayer):
+            layer: Any = child  # the base class does not declare it
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+    return state
+
+
 def has_lora(module: nn.Module) -> bool:
     """Whether the module holds adapters."""
     return any(_is_update(name) for name, _ in module.named_parameters())
@@ -92,7 +117,7 @@ def adapter_state(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, 
     """
     begin = f"{prefix}." if prefix else ""
     return {
-        "base_model.model." + name.removeprefix(begin).replace(f".{_ADAPTER}.", "."): tensor
+        _PREFIX + name.removeprefix(begin).replace(f".{_ADAPTER}.", "."): tensor
         for name, tensor in tensors.items()
         if name.startswith(begin) and _is_update(name)
     }
@@ -132,6 +157,45 @@ def save_adapter(
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
+
+
+def save_updates(
+    place: Path, module: nn.Module, role: RoleSpec, peft: PeftConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Write the updates of a trained part beside its folder ``place``, as ``<place>-adapter``.
+
+    Returns what the part's own folder gets: its merged tensors, which others use without knowing of updates, and
+    what its config.json says of them under :data:`LORA`.
+    """
+    network = network_of(module)
+    beside = place.with_name(f"{place.name}-adapter")
+    save_adapter(beside, module.state_dict(), role, peft, prefix=network)
+    described = {"role": role.name, "adapter": beside.name, "rank": peft.rank, "alpha": peft.alpha}
+    return merged_state(module), {LORA: described}
+
+
+def load_adapter(network: nn.Module, folder: Path) -> nn.Module:
+    """``network`` with the updates of a folder that :func:`save_adapter` wrote, in PEFT's wrapper and eval mode.
+
+    The network is adapted in place. WeightsError when the updates do not fit it.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(network, str(folder)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(f"{folder}: these low-rank updates do not fit {type(network).__name__}: {error}") from error
+
+
+def adapted_weights(folder: Path) -> set[str]:
+    """Names, in the network, of the weights that the updates of a folder belong to. WeightsError when unreadable."""
+    file = folder / _WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = list(stored.keys())
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}") from error
+    return {name.removeprefix(_PREFIX).split(".lora_")[0] + ".weight" for name in names}
 
 
 def _alpha(alpha: float) -> Any:

@@ -68,6 +68,8 @@ class ConditionedUNet(nn.Module):
 
     latent_mean: Tensor
     latent_scale: Tensor
+    network = "unet"
+    """Child that its library can load alone, see :mod:`models.pretrained`."""
     unet: Any
     """diffusers' UNet2DConditionModel."""
 

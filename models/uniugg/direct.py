@@ -19,7 +19,7 @@ from models.uniugg import llm as language
 from models.uniugg.llm import CONVERSATION, GENERATION, UniuggLLM, target_grid
 from models.uniugg.losses import distillation
 from models.uniugg.objectives import DirectObjective
-from models.uniugg.unified import LLM, LLM_BLOCKS, LLM_SIZES, LLM_TARGETS, TOKENS
+from models.uniugg.unified import LLM, LLM_BLOCKS, LLM_HEADS, LLM_SIZES, LLM_TARGETS, TOKENS
 
 
 class DirectLLM(UniuggLLM):
@@ -82,6 +82,7 @@ DIRECT_ROLE = RoleSpec(
     kinds=(GENERATION, CONVERSATION),
     no_decay=("bias", "norm", "position"),
     lora_targets=LLM_TARGETS,
+    heads=(*LLM_HEADS, "head.*"),
     checkpointed=LLM_BLOCKS,
 )
 

@@ -40,6 +40,8 @@ class UniuggLLM(nn.Module):
         bidirectional_queries: queries see each other in both directions; the rest stays causal.
     """
 
+    network = "language"
+    """Child that its library can load alone, see :mod:`models.pretrained`."""
     language: Any
     """A causal language model of transformers."""
 

@@ -29,6 +29,9 @@ LLM, DIFFUSION, CONDITION = "llm", "diffusion", "condition"
 LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
+#: What is new beside the language model, and stays trained whole where that gets low-rank updates.
+LLM_HEADS = ("projector.*", "queries.*")
+
 #: Classes of the blocks of the language models that the sizes name, and of those of the UNet.
 LLM_BLOCKS = ("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "SmolLM3DecoderLayer")
 UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -82,6 +85,7 @@ LLM_ROLE = RoleSpec(
     kinds=(GENERATION, CONVERSATION),
     no_decay=("bias", "norm", "position"),
     lora_targets=LLM_TARGETS,
+    heads=LLM_HEADS,
     checkpointed=LLM_BLOCKS,
 )
 DIFFUSION_ROLE = RoleSpec(
@@ -91,6 +95,7 @@ DIFFUSION_ROLE = RoleSpec(
     kinds=(GENERATION,),
     no_decay=("bias", "norm", "null"),
     lora_targets=UNET_TARGETS,
+    heads=("conditioning.*",),
     checkpointed=UNET_BLOCKS,
 )
 
