@@ -86,6 +86,14 @@ VERBS: Mapping[str, Verb] = {
             _option("--address", metavar="ADDRESS", help="take the nodes from this running cluster"),
         ),
     ),
+    "evaluate": Verb(
+        commands.evaluate,
+        "judge a finished run again, with other evaluate.* or generate.*, or on other data; writes its report anew",
+        (
+            _RUN,
+            _option("--split", choices=["train", "val", "test"], default="test", help="of the data (test)"),
+        ),
+    ),
     "generate": Verb(
         commands.generate,
         "imagine what another camera sees: points, depth, pictures, a page that turns",
@@ -116,6 +124,22 @@ VERBS: Mapping[str, Verb] = {
             *_USED,
             _JSON,
             _option("--out", metavar="FILE", help="write the answers here (default: <run>/asked/IMAGE.json)"),
+        ),
+    ),
+    "export": Verb(
+        commands.export,
+        "write a run's weights as transformers, diffusers and PEFT load them, with a model card",
+        (
+            _RUN,
+            _option("--out", metavar="FOLDER", required=True, help="write here; a folder that is new, or empty"),
+            _option("--merge", action="store_true", help="add low-rank updates to the weights, and prove it"),
+            _option(
+                "--licence",
+                metavar="NAME=TEXT",
+                action="append",
+                default=[],
+                help="of weights that the run stands on, e.g. model.init.language=apache-2.0 (may be repeated)",
+            ),
         ),
     ),
     "data make": Verb(

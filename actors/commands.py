@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,27 @@ def train(args: argparse.Namespace) -> int:
     from actors import driver
 
     result = driver.train(config)
-    for name, metric in result.metrics.items():
-        baseline = "" if metric["baseline"] is None else f"   {metric['baseline_name']} {metric['baseline']:.4g}"
-        print(f"{name:<24}{metric['value']:>10.4g}{baseline}")
+    _print_metrics(result.metrics)
     print(f"run      {result.folder}")
     print(f"report   {result.report}")
     return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Judge a finished run again."""
+    from actors.evaluate import evaluate_run
+
+    report, evaluation = evaluate_run(args.run, args.overrides, file=args.config, split=args.split)
+    _print_metrics(evaluation["metrics"])
+    print(f"judged   {evaluation['samples']} samples of the {evaluation['split']} split")
+    print(f"report   {report}")
+    return 0
+
+
+def _print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, metric in metrics.items():
+        baseline = "" if metric["baseline"] is None else f"   {metric['baseline_name']} {metric['baseline']:.4g}"
+        print(f"{name:<24}{metric['value']:>10.4g}{baseline}")
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -52,7 +67,7 @@ def generate(args: argparse.Namespace) -> int:
     for view in made.metadata["views"]:
         print(
             f"view {view['files']}: turned {view['angle_degrees']:.1f} degrees, moved {view['distance_metres']:.2f} m, "
-            f"covered {view['coverage']:.0%}, of it seen before {view['overlap']:.0%}"
+            f"covered {view['coverage']:.0%}; the reference's points cover {view['overlap']:.0%}"
         )
     for remark in made.remarks:
         print(f"note: {remark}")
@@ -73,6 +88,19 @@ def ask(args: argparse.Namespace) -> int:
         for found in part.answers:
             print(f"  Q  {found.question}\n  A  {found.answer}")
     print(f"answers  {path}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a run in the layouts of other libraries."""
+    from actors import export as verb
+
+    made = verb.run(args)
+    for folder, what in made.contents.items():
+        print(f"{folder:<20}{what}")
+    for folder, proof in made.proofs.items():
+        print(f"updates of {folder}: {proof}")
+    print(f"card     {made.folder / 'README.md'}")
     return 0
 
 
