@@ -171,6 +171,7 @@ def _train(config: RunConfig, folder: Path, feed: Feed, pool: PoolAddress | None
 @contextmanager
 def _progress(config: RunConfig, folder: Path) -> Iterator[None]:
     """The progress line, fed from metrics.jsonl wherever the training runs."""
+    from configs.validate import ROLES
     from services.telemetry.loggers import METRICS_FILE
     from services.telemetry.progress import Progress, follow
 
@@ -179,7 +180,7 @@ def _progress(config: RunConfig, folder: Path) -> Iterator[None]:
     thread = threading.Thread(
         target=follow,
         args=(folder, Progress(config.trainer.steps, config.logger), stop),
-        kwargs={"start_at": start_at},
+        kwargs={"start_at": start_at, "roles": ROLES[config.recipe.name]},
         name="progress",
         daemon=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,26 @@ def _curve_figures(run: RunData) -> list[tuple[str, str]]:
     for group, series in groups.items():
         result.append((f"Validation: {group}", figures.curves(series, y_label=group)))
     rates = {
-        label: train[name] for name, label in (("hit_rate", "cache hits"), ("wait_share", "waiting")) if name in train
+        f"{role} {label}".strip(): values
+        for name, label in (("hit_rate", "cache hits"), ("wait_share", "waiting"))
+        for role, values in _by_role(train, name)
     }
     if rates:
         result.append(
             ("Share of look-ups that hit, share of time waiting for data", figures.curves(rates, y_label="share"))
         )
-    if "samples_per_s" in train:
-        result.append(("Throughput", figures.curves({"": train["samples_per_s"]}, y_label="samples/s")))
+    speeds = dict(_by_role(train, "samples_per_s"))
+    if speeds:
+        result.append(("Throughput", figures.curves(speeds, y_label="samples/s")))
     return result
+
+
+def _by_role(train: Mapping[str, Mapping[int, float]], name: str) -> Iterator[tuple[str, Mapping[int, float]]]:
+    """The curve called ``name`` of every role that logged it; of a run of one role, of "" alone."""
+    for key, values in train.items():
+        role, _, last = key.rpartition("/")
+        if last == name:
+            yield role, values
 
 
 def _throughput(train: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str]]:
@@ -100,9 +111,10 @@ def _throughput(train: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str
         ("wait_share", "share of time waiting for data, median", "{:.1%}"),
         ("hit_rate", "cache hits, last", "{:.1%}"),
     ):
-        values = list(train.get(name, {}).values())
-        if values:
-            rows.append((label, style.format(values[-1] if name == "hit_rate" else float(np.median(values)))))
+        for role, curve in _by_role(train, name):
+            values = list(curve.values())
+            number = values[-1] if name == "hit_rate" else float(np.median(values))
+            rows.append((f"{role}: {label}" if role else label, style.format(number)))
     return rows
 
 

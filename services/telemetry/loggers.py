@@ -1,16 +1,20 @@
 """Where a run's numbers go: always ``metrics.jsonl``; TensorBoard, Weights & Biases and MLflow where asked for.
 
-A resumed run appends to the same file and repeats the steps after its checkpoint. :func:`read_metrics` lets the
-last line of a step win, so that curves show what the weights that survived have seen.
+A resumed run goes on in the same file: lines of steps after its checkpoint, which it repeats, are taken out first, so
+that what is left is what the weights that survived have seen. Several roles share the file; their lines say whose they
+are, and :func:`read_metrics` makes one set of curves of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,31 +35,42 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """``metrics.jsonl``: one line a call, flushed, so that a killed run loses nothing that was logged."""
+    """``metrics.jsonl``: one line a call, written at once, so that a killed run loses nothing that was logged.
 
-    def __init__(self, folder: Path) -> None:
+    The file is opened for every line, under a lock: rank 0 of every role of the run writes, perhaps from another node.
+    """
+
+    def __init__(self, folder: Path, *, role: str = "", after: int = 0) -> None:
+        """``role`` marks the lines of one role of several. Lines of steps later than ``after`` are taken out."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._path, self._role = folder / METRICS_FILE, role
+        rewind(folder, after)
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Append a line; NaN and infinities become null, which JSON has."""
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = {"step": step, "split": split, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        whose = {"role": self._role} if self._role else {}
+        line = {"step": step, "split": split, **whose, "time": round(time.time(), 3), **values}
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks, where appending has to do
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            os.write(descriptor, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(descriptor)  # unlocks
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is held."""
 
 
 class TensorBoardSink:
-    """Scalars under ``tb/``."""
+    """Scalars under ``tb/``, those of one role of several under ``tb/<role>``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, role: str = "", after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(log_dir=str(folder / "tb"))
+        purge = {"purge_step": after + 1} if after else {}
+        self._writer: Any = SummaryWriter(log_dir=str(folder / "tb" / role), **purge)
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Write one scalar a metric, tagged ``split/name``."""
@@ -68,11 +83,12 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run; the project is ``logger.wandb``."""
+    """A Weights & Biases run, one a role where there are several, in a group; the project is ``logger.wandb``."""
 
-    def __init__(self, project: str, name: str, folder: Path) -> None:
+    def __init__(self, project: str, name: str, folder: Path, *, role: str = "") -> None:
         wandb = _optional("wandb", "logger.wandb")
-        self._run: Any = wandb.init(project=project, name=name, dir=str(folder), resume="allow", id=name)
+        own = _joined(name, role)
+        self._run: Any = wandb.init(project=project, name=own, group=name, dir=str(folder), resume="allow", id=own)
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Send the metrics as ``split/name``."""
@@ -107,15 +123,16 @@ class MlflowSink:
 class Loggers:
     """All sinks of a run. Only rank 0 of a role makes one."""
 
-    def __init__(self, folder: Path, config: LoggerConfig) -> None:
+    def __init__(self, folder: Path, config: LoggerConfig, *, role: str = "", after: int = 0) -> None:
+        """``role`` where several roles log into one run folder; ``after`` is the step that the run resumes from."""
         self.folder = folder
-        self._sinks: list[Sink] = [JsonlSink(folder)]
+        self._sinks: list[Sink] = [JsonlSink(folder, role=role, after=after)]
         if config.tensorboard:
-            self._sinks.append(TensorBoardSink(folder))
+            self._sinks.append(TensorBoardSink(folder, role=role, after=after))
         if config.wandb:
-            self._sinks.append(WandbSink(config.wandb, folder.name, folder))
+            self._sinks.append(WandbSink(config.wandb, folder.name, folder, role=role))
         if config.mlflow:
-            self._sinks.append(MlflowSink(config.mlflow, folder.name))
+            self._sinks.append(MlflowSink(config.mlflow, _joined(folder.name, role)))
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` (name -> number) of ``split`` (train, val, test) at ``step`` in every sink."""
@@ -128,26 +145,69 @@ class Loggers:
             sink.close()
 
 
+def rewind(folder: Path, after: int) -> None:
+    """Take the lines of steps later than ``after``, and a torn line, out of ``metrics.jsonl``.
+
+    Ranks of several roles may do it at once, as long as none of them has begun to log.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    kept = "".join(json.dumps(row) + "\n" for row in _rows(text) if row["step"] <= after)
+    if kept == text:
+        return
+    draft = path.with_name(f".{METRICS_FILE}-{os.getpid()}")
+    draft.write_text(kept, encoding="utf-8")
+    draft.replace(path)
+
+
 def read_metrics(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
     """``{split: {name: {step: value}}}`` of a run folder, steps in order; of a repeated step the last line counts.
 
-    A torn last line (a killed process) and null values are left out.
+    Of several roles, ``loss`` is the sum at the steps that all of them have logged, and a name that more than one of
+    them uses stands behind the role's: ``llm/lr``. A torn last line (a killed process) and null values are left out.
     """
-    curves: dict[str, dict[str, dict[int, float]]] = {}
     path = folder / METRICS_FILE
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        step, split = int(row.pop("step")), str(row.pop("split"))
+    by_role: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    for row in _rows(path.read_text(encoding="utf-8") if path.exists() else ""):
+        step, split, role = int(row.pop("step")), str(row.pop("split")), str(row.pop("role", ""))
         row.pop("time", None)
         for name, value in row.items():
             if isinstance(value, int | float):
-                curves.setdefault(split, {}).setdefault(name, {})[step] = float(value)
+                by_role.setdefault(split, {}).setdefault(role, {}).setdefault(name, {})[step] = float(value)
     return {
-        split: {name: dict(sorted(values.items())) for name, values in names.items()} for split, names in curves.items()
+        split: {name: dict(sorted(values.items())) for name, values in _merged(roles).items()}
+        for split, roles in by_role.items()
     }
+
+
+def _merged(roles: Mapping[str, Mapping[str, dict[int, float]]]) -> dict[str, dict[int, float]]:
+    """The curves of several roles as one set; see :func:`read_metrics`."""
+    if len(roles) == 1:
+        return dict(next(iter(roles.values())))
+    merged: dict[str, dict[int, float]] = {}
+    losses = [curves["loss"] for curves in roles.values() if "loss" in curves]
+    if losses:
+        common = set.intersection(*(set(curve) for curve in losses))
+        merged["loss"] = {step: sum(curve[step] for curve in losses) for step in common}
+    for role, curves in roles.items():
+        for name, curve in curves.items():
+            if name != "loss":
+                shared = sum(name in others for others in roles.values()) > 1
+                merged[f"{role}/{name}" if shared else name] = curve
+    return merged
+
+
+def _rows(text: str) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file without those that are torn."""
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def _joined(name: str, role: str) -> str:
+    return f"{name}-{role}" if role else name
 
 
 def _optional(module: str, key: str) -> Any:

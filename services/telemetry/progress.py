@@ -10,8 +10,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -113,33 +113,76 @@ class Progress:
 
 
 def follow(
-    folder: Path, progress: Progress, stop: threading.Event, *, start_at: int = 0, period_s: float = 0.5
+    folder: Path,
+    progress: Progress,
+    stop: threading.Event,
+    *,
+    start_at: int = 0,
+    period_s: float = 0.5,
+    roles: Sequence[str] = (),
 ) -> None:
     """Feed ``progress`` from the training lines that workers append to ``folder/metrics.jsonl`` until ``stop``.
 
-    ``start_at`` is the size of the file before this run, so that a resumed run does not replay the old lines.
+    ``start_at`` is the size of the file before this run, so that a resumed run does not replay the old lines. Of
+    several ``roles``, a step is shown once all of them have logged it, as one line.
     """
     path = folder / METRICS_FILE
     offset, rest = start_at, ""
+    show = _Steps(progress, roles)
     while True:
         done = stop.wait(period_s)
         if path.exists():
             with path.open("r", encoding="utf-8") as file:
+                if path.stat().st_size < offset:  # lines were taken out, by a run that resumes
+                    offset, rest = path.stat().st_size, ""
                 file.seek(offset)
                 rest += file.read()
                 offset = file.tell()
             *lines, rest = rest.split("\n")
             for line in lines:
-                _show(line, progress)
+                with suppress(json.JSONDecodeError):
+                    show(json.loads(line))
         if done:
             progress.close()
             return
 
 
-def _show(line: str, progress: Progress) -> None:
-    row = json.loads(line)
-    if row.get("split") != "train":
-        return
+class _Steps:
+    """Makes one update of the lines of a step."""
+
+    def __init__(self, progress: Progress, roles: Sequence[str]) -> None:
+        self._progress, self._roles = progress, roles if len(roles) > 1 else ()
+        self._lines: dict[int, dict[str, Mapping[str, Any]]] = {}
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        if row.get("split") != "train" or "loss" not in row:
+            return
+        step = int(row["step"])
+        if not self._roles:
+            self._progress.update(step, **_fields(row))
+            return
+        lines = self._lines.setdefault(step, {})
+        lines[str(row.get("role"))] = row
+        if all(role in lines for role in self._roles):
+            self._lines = {}
+            self._progress.update(step, **_of_roles({role: _fields(lines[role]) for role in self._roles}))
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, float]:
     shown = ("loss", "samples_per_s", "wait_share", "hit_rate")
-    fields = {name: row[name] for name in shown if row.get(name) is not None}
-    progress.update(int(row["step"]), **fields)
+    return {name: row[name] for name in shown if row.get(name) is not None}
+
+
+def _of_roles(lines: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """One line for all: the sum of the losses and each role's, and of the other numbers the one that matters.
+
+    Roles take the same steps, so that the one that sees most samples says how fast all are, and the one that waits
+    longest how long.
+    """
+    fields = {"loss": sum(line["loss"] for line in lines.values())} if all("loss" in s for s in lines.values()) else {}
+    fields |= {role: line["loss"] for role, line in lines.items() if "loss" in line}
+    for name, choose in (("samples_per_s", max), ("wait_share", max), ("hit_rate", min)):
+        values = [line[name] for line in lines.values() if name in line]
+        if values:
+            fields[name] = choose(values)
+    return fields
