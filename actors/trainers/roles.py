@@ -106,7 +106,8 @@ def train_role(
     elif backend.rank == 0:
         write_settings(folder, role, built)
     began_at = loop.state.step
-    loggers = Loggers(folder, config.logger) if backend.rank == 0 else None
+    whose = role if len(recipe.roles) > 1 else ""
+    loggers = Loggers(folder, config.logger, role=whose, after=began_at) if backend.rank == 0 else None
     validation = _Validation(feed, recipe, loop)
     loop.hooks = Hooks(
         metrics=loggers.log if loggers is not None else lambda *_: None,
@@ -141,16 +142,17 @@ def train_role(
 
 
 def adapt(config: RunConfig, role: str, built: Built) -> nn.Module:
-    """The module of ``role`` with what the run trains of it: adapters, or the parameters that ``recipe.train`` names.
+    """The module of ``role`` with what the run trains of it: all, or the parameters that ``recipe.train`` names.
 
-    ConfigError for names that match nothing.
+    With low-rank updates these are trained beside the network, which is frozen; where ``recipe.train`` says nothing,
+    the role's heads are. ConfigError for names that match nothing.
     """
     settings = role_config(config, role)
     globs = config.recipe.train.get(role, [])
     if settings.peft.method == "lora":
         from actors.trainers.lora import apply_lora
 
-        return apply_lora(built.module, built.spec, settings.peft, keep=globs)
+        return apply_lora(built.module, built.spec, settings.peft, keep=globs, seed=config.seed)
     if globs:
         select_trained(built.module, globs, role)
     return built.module
