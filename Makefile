@@ -10,7 +10,7 @@ OUT ?= $(HOME)/loom3d
 
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: help setup demo test test-slow check format bench learn clean
+.PHONY: help setup demo demo-probe test test-slow check format bench learn clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## the virtual environment with pinned dependencies
 
-demo: $(STAMP)  ## rooms -> questions -> frozen features -> cache -> trained probe -> report
+demo: $(STAMP)  ## rooms -> encoder -> latent -> language and diffusion together (Ray) -> an imagined view; one page
+	@$(BIN)/python -m infra.demo --root '$(OUT)'
+
+demo-probe: $(STAMP)  ## rooms -> questions -> frozen features -> cache -> trained probe -> report
 	@$(BIN)/loom3d data questions recipe=probe size=tiny data=rooms storage.root='$(OUT)' | sed -n 1p
 	@$(BIN)/loom3d train recipe=probe size=tiny data=rooms name=demo storage.root='$(OUT)'
 
