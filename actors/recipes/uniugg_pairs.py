@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.recipes.base import Built, LossTally, Recipe, every_batch, kept_rows, row
 from actors.recipes.pictures import Album, colour_depth, hstack
+from actors.recipes.uniugg_video import judge_videos
 from models.metrics.depth import DepthMetrics
 from models.metrics.images import psnr
 from models.metrics.matching import MatchingMetrics
@@ -20,7 +21,7 @@ from models.metrics.means import Means
 from models.metrics.pointmap import PointmapMetrics, plane_points, token_cosine
 from models.uniugg.latent import LatentModel, pair_tokens
 from models.uniugg.losses_points import pair_targets
-from models.uniugg.pretraining import PAIR
+from models.uniugg.pretraining import PAIR, EncoderPretraining
 from models.uniugg.vae import SpatialVae
 from services.contracts import Split
 from services.errors import DataError
@@ -118,6 +119,8 @@ def judge_encoder(
 ) -> dict[str, Any]:
     """P1 on ``split``: beside the network before training, the plane of mean depth, chance, and the mean colour."""
     untrained = recipe.rebuild(built.spec.name, built.settings).module.eval().to(device)
+    assert isinstance(built.module, EncoderPretraining), "the recipe makes this model"
+    assert isinstance(untrained, EncoderPretraining), "the recipe makes this model"
     with events.span("survey"):
         means = TrainingMeans.measure(feed)
     scores = {name: PairScores() for name in ("trained", UNTRAINED, PLANE)}
@@ -172,6 +175,7 @@ def judge_encoder(
     metrics["tokens/cosine"] = row(
         cosine["trained"].compute()["cosine"], cosine[UNTRAINED].compute()["cosine"], UNTRAINED, "higher"
     )
+    metrics |= judge_videos({"trained": built.module, UNTRAINED: untrained}, feed, split=split, device=device)
     return {"samples": samples, "metrics": metrics}
 
 
