@@ -42,7 +42,10 @@ class Picture:
 
 
 def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None = None) -> list[Picture]:
-    """A picture file, or views of a scene of the run's data: ``SOURCE/SCENE`` (all) or ``SOURCE/SCENE:0,3``.
+    """A picture file, or views of a scene of the run's data: ``SOURCE/SCENE`` or ``SOURCE/SCENE:0,3``.
+
+    Of a scene whose views are not named, as many stand for it as in the conversations that the run was trained on:
+    all, or at most ``max_views`` evenly spaced ones.
 
     Args:
         name: what to show.
@@ -61,7 +64,10 @@ def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None =
     if listed:
         views = _indices(name, listed)
     scene = _scene(scene_name, config)
-    return [_view(scene, index, scene_name, config) for index in (range(len(scene.views)) if views is None else views)]
+    if views is None:
+        number = min(len(scene.views), _most_views(config))
+        views = [round(place) for place in np.linspace(0, len(scene.views) - 1, number)]
+    return [_view(scene, index, scene_name, config) for index in views]
 
 
 def read_picture(name: str, config: RunConfig, view: int | None = None) -> Picture:
@@ -90,6 +96,12 @@ def pose_between(reference: Picture, target: Picture) -> Tensor:
     assert reference.pose is not None
     assert target.pose is not None
     return relative(reference.pose, target.pose)
+
+
+def _most_views(config: RunConfig) -> int:
+    """The smallest number of pictures that stand for a scene in any source of questions."""
+    limits = [int(s.options.get("max_views", 0)) for s in config.data.sources.values() if s.format == "questions"]
+    return min([config.data.questions.max_views, *(limit for limit in limits if limit)])
 
 
 def _indices(name: str, listed: str) -> list[int]:

@@ -260,6 +260,14 @@ def test_the_assumed_camera_has_the_field_of_view():
     assert K[0, 0] == K[1, 1]
 
 
+def test_a_scene_is_stood_for_by_as_many_views_as_in_training(config: RunConfig):
+    questions = dataclasses.replace(config.data.sources["questions"], options={"of": "rooms", "max_views": 2})
+    sources = {**config.data.sources, "questions": questions}
+    fewer = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    assert [p.name for p in read_pictures("rooms/room0_0000", fewer)] == ["rooms/room0_0000:0", "rooms/room0_0000:2"]
+    assert len(read_pictures("rooms/room0_0000", config)) == 3
+
+
 def test_one_picture_is_needed(config: RunConfig):
     with pytest.raises(ConfigError, match="one picture is needed, this is 2"):
         read_picture("rooms/room0_0000:0,1", config)
