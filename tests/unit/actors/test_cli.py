@@ -26,6 +26,7 @@ USED = [
 VERBS = {
     "train": ["--config", "--debug", "overrides"],
     "plan": ["--address", "--config", "--debug", "--json", "--rates", "overrides"],
+    "evaluate": ["--config", "--debug", "--run", "--split", "overrides"],
     "generate": sorted([*USED, "--image", "--out"]),
     "ask": sorted(
         [
