@@ -44,9 +44,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    width = max((len(name) for name in metrics), default=0) + 2
     for name, metric in metrics.items():
         baseline = "" if metric["baseline"] is None else f"   {metric['baseline_name']} {metric['baseline']:.4g}"
-        print(f"{name:<24}{metric['value']:>10.4g}{baseline}")
+        print(f"{name:<{width}}{metric['value']:>10.4g}{baseline}")
 
 
 def plan(args: argparse.Namespace) -> int:
