@@ -54,8 +54,8 @@ def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None =
 
     DataError names a file that is no picture, a scene that is not there, or a view that it does not have.
     """
-    path = Path(name).expanduser()
-    if path.is_file() or path.suffix.lower() in _SUFFIXES:
+    if _is_file(name):
+        path = Path(name).expanduser()
         if views is not None:
             raise ConfigError(f"--view is for scenes; {name} is a file")
         image = load_image(ImageRef(path=str(path)))
@@ -72,11 +72,18 @@ def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None =
 
 def read_picture(name: str, config: RunConfig, view: int | None = None) -> Picture:
     """One picture, as :func:`read_pictures` reads it; of a scene the first view where none is named."""
-    is_chosen = view is not None or ":" in name or Path(name).suffix.lower() in _SUFFIXES
-    found = read_pictures(name, config, views=[view or 0] if view is not None else None)
-    if is_chosen and len(found) != 1:
+    views = None if view is None else [view]
+    if views is None and ":" not in name and not _is_file(name):
+        views = [0]
+    found = read_pictures(name, config, views=views)
+    if len(found) != 1:
         raise ConfigError(f"--image {name}: one picture is needed, this is {len(found)}")
     return found[0]
+
+
+def _is_file(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.is_file() or path.suffix.lower() in _SUFFIXES
 
 
 def camera_of(image: np.ndarray, fov: float) -> Tensor:
