@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from configs import ConfigError
 from configs.schema import PeftConfig
@@ -60,13 +61,40 @@ def apply_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+            with unset_fake_temporarily():
+                inject_adapter_in_model(config, module, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
         except ValueError as error:
             raise ConfigError(f"peft.targets={list(targets)}: {error}") from error
+        _materialise(module)
     # PEFT has frozen everything but the updates. A kept parameter is the same object, perhaps under a longer name.
     for parameter in kept:
         parameter.requires_grad_(True)
     return module
+
+
+def _materialise(module: nn.Module) -> None:
+    """Give the updates memory, where their layers have theirs, and PEFT's first values.
+
+    PEFT moves updates after it has made them, which fake tensors (of a plan) refuse; so it makes them on meta, outside
+    of the mode that makes tensors fake, and they are made anew here, within it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for child in list(module.modules()):
+        if not isinstance(child, BaseTunerLayer):
+            continue
+        layer: Any = child  # the base class does not declare all
+        like = layer.get_base_layer().weight
+        for name, update in list(layer.named_parameters()):
+            if _is_update(name):
+                parent, _, last = name.rpartition(".")
+                made = nn.Parameter(torch.empty(update.shape, dtype=like.dtype, device=like.device))
+                holder = layer.get_submodule(parent)
+                if isinstance(holder, nn.ParameterDict):
+                    holder[last] = made
+                else:
+                    setattr(holder, last, made)
+        layer.reset_lora_parameters(_ADAPTER, True)
 
 
 def merge_lora(module: nn.Module) -> nn.Module:
@@ -117,7 +145,7 @@ def adapter_state(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, 
     """
     begin = f"{prefix}." if prefix else ""
     return {
-        _PREFIX + name.removeprefix(begin).replace(f".{_ADAPTER}.", "."): tensor
+        _PREFIX + f"{name.removeprefix(begin)}.".replace(f".{_ADAPTER}.", ".").removesuffix("."): tensor
         for name, tensor in tensors.items()
         if name.startswith(begin) and _is_update(name)
     }
@@ -204,7 +232,7 @@ def _alpha(alpha: float) -> Any:
 
 
 def _is_update(name: str) -> bool:
-    return f".{_ADAPTER}." in name and ".lora_" in name
+    return f".{_ADAPTER}." in f"{name}." and ".lora_" in f".{name}"
 
 
 def _fits(name: str, target: str) -> bool:
