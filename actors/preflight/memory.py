@@ -133,6 +133,7 @@ class _Tape:
     _inputs: int = 0
     _inside: int = 0
     _depth: int = 0
+    _reached: int = 0
     _began: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -160,6 +161,8 @@ class _Tape:
                 handle.remove()
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        if self._depth:  # what comes after the last tensor that is kept is not computed again
+            self._reached = int(self.counter.get_total_flops())
         if size := self._new(tensor):
             self.saved.append(size)
         return tensor
@@ -175,7 +178,8 @@ class _Tape:
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._depth == 0:
             self._inputs += sum(self._new(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            self._began = len(self.saved), int(self.counter.get_total_flops())
+            self._reached = int(self.counter.get_total_flops())
+            self._began = len(self.saved), self._reached
         self._depth += 1
 
     def _leave(self, *_: Any) -> None:
@@ -184,7 +188,7 @@ class _Tape:
             inside = sum(self.saved[self._began[0] :])
             self._inside += inside
             self.largest_block = max(self.largest_block, inside)
-            self.recomputed += int(self.counter.get_total_flops()) - self._began[1]
+            self.recomputed += self._reached - self._began[1]
 
 
 def spread(

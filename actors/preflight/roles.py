@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +20,15 @@ from actors.recipes.base import Facts
 from configs.roles import role_config
 from configs.schema import RunConfig
 from models.spec import TensorSpec
+from models.uniugg.losses_rgb import colour_terms
 from services.errors import ModelError
 from services.streams.columns import column_specs
 from services.streams.inputs import kind_inputs, wanted_kinds
 from services.streams.plan import micro_batch_kinds
 from services.streams.targets import Targets
+
+_LPIPS_SIDE = 64
+"""Pixels of a picture that is large enough for its trunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +120,9 @@ def _role_cost(
     workers = min(config.cluster.roles[role].workers)
     samples = config.trainer.micro_batch // workers
     specs = role_columns(config, role, facts)
+    settings, bare = recipe.describe(role, facts), without_weights(recipe)
     with building():
-        built = without_weights(recipe).rebuild(role, recipe.describe(role, facts))
+        built = bare.rebuild(role, settings)
         if config.peft.method != "none" and not (config.peft.targets or built.spec.lora_targets):
             raise ModelError(
                 f"peft.method={config.peft.method}: {config.model.name} names no modules for it (it is trained whole); "
@@ -156,8 +162,26 @@ def _role_cost(
 
 
 def without_weights(recipe: Recipe) -> Recipe:
-    """The recipe of the same run with nothing to start from: its modules have no memory that weights could fill."""
-    return open_recipe(dataclasses.replace(recipe.config, model=dataclasses.replace(recipe.config.model, init={})))
+    """The recipe of the same run with nothing to start from: its modules have no memory that weights could fill.
+
+    The network that LPIPS looks through is read here, where it is there, and left out of the loss where it is not: the
+    first step would read it, but fake tensors cannot be filled.
+    """
+    config = recipe.config
+    model, uniugg = dataclasses.replace(config.model, init={}), config.recipe.uniugg
+    if uniugg.lpips_weights and not Path(uniugg.lpips_weights).expanduser().exists():
+        uniugg = dataclasses.replace(uniugg, lpips_weights="")
+    elif uniugg.lpips_weights:
+        colour_terms(
+            torch.zeros(1, _LPIPS_SIDE, _LPIPS_SIDE, 3),
+            torch.zeros(1, _LPIPS_SIDE, _LPIPS_SIDE, 3, dtype=torch.uint8),
+            lpips=uniugg.rgb_lpips,
+            ssim_weight=0.0,
+            lpips_weights=uniugg.lpips_weights,
+        )
+    return open_recipe(
+        dataclasses.replace(config, model=model, recipe=dataclasses.replace(config.recipe, uniugg=uniugg))
+    )
 
 
 def _arriving(sent: Tensor, samples: int, gradient: bool) -> Tensor:
