@@ -46,6 +46,11 @@ def load_trained(
             raise ResumeError(
                 f"{folder} holds no trained model (role {role}); train it first with `loom3d train name={folder.name}`"
             )
+        if found.manifest["plan"] != plan.digest:
+            raise ResumeError(
+                f"{found.folder} was trained on other data, or with another quarantine list (the plan's digest changed): "
+                "restore data.sources as they were, with the files that they name; sources may be added"
+            )
         built = recipe.rebuild(role, settings)
         built = replace(built, module=adapt(feed.config, role, built))
         load_weights(built.module, found, averaged=True)
