@@ -1,8 +1,8 @@
 """What a worker tells the driver when trying again cannot help.
 
-Ray Train restarts a worker group after any exception, up to ``cluster.max_failures`` times. A broken sample too many or
-a loss that is never finite would fail each time in the same way; the worker notes such an error in the run folder,
-and the next group, if there is one, ends at once.
+Worker groups start again after an exception, up to ``cluster.max_failures`` times. A broken sample too many or a loss
+that is never finite would fail each time in the same way; the worker notes such an error in the run folder. So the
+driver has it whichever role's group ends first, and a worker of another role that starts only then ends at once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,15 @@ from pathlib import Path
 from services import errors
 
 _FILE = "refusal.json"
-#: Errors of the user's making. A ServiceError or a CacheError may pass, so those are tried again.
-FINAL = (errors.ConfigError, errors.ModelError, errors.DataError, errors.ResumeError, errors.NonFiniteError)
+#: Errors of the user's making, and roles that disagree. A ServiceError or a CacheError may pass: those are tried again.
+FINAL = (
+    errors.ConfigError,
+    errors.ModelError,
+    errors.DataError,
+    errors.ResumeError,
+    errors.NonFiniteError,
+    errors.BridgeError,
+)
 
 
 def clear(folder: Path) -> None:

@@ -7,9 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,11 +15,13 @@ from actors.bridge.mailbox import start_mailbox
 from actors.bridge.rendezvous import Rendezvous, connect
 from actors.trainers import refusal
 from actors.trainers.joint import next_generation
+from actors.trainers.lives import Meeting, Outcomes, live, root_cause, together
 from configs.roles import role_config
 from configs.schema import RoleConfig, RunConfig
 from configs.validate import ROLES
-from services.errors import USER_ERRORS, ServiceError
-from services.runtime import cluster
+from services.errors import USER_ERRORS, PeerLostError, PlacementError, ServiceError
+from services.runtime import cluster, supervise
+from services.runtime.placement import largest_sizes, nodes_from_ray
 
 if TYPE_CHECKING:
     from actors.bridge.link import Link
@@ -30,20 +30,8 @@ if TYPE_CHECKING:
     from services.features.pool import PoolAddress
 
 _log = logging.getLogger("loom3d")
-_CONTROLLER_FAILURES = 3
-"""Ray Train's default is to retry a group that cannot be placed for ever, without a word."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """Where the ranks of a run of several roles meet, for one life of the run."""
-
-    address: str
-    generation: int
-    roles: Mapping[str, int]
-    """Ranks of every role."""
-    mailbox: Any = None
-    """Handle of the mailbox actor, for ``bridge.transport=objects``."""
+_END_S = 60.0
+"""How long a group may take to end, beside the time that it may take to start."""
 
 
 def train_in_workers(config: RunConfig, folder: Path, pool: PoolAddress | None) -> RoleResult:
@@ -58,21 +46,69 @@ def train_in_workers(config: RunConfig, folder: Path, pool: PoolAddress | None) 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.cluster.start_timeout_s))
     roles = ROLES[config.recipe.name]
     refusal.clear(folder)
-    if len(roles) > 1:
-        return _train_together(config, folder, pool, roles)
-    return _fit(config, folder, pool, roles[0], restarts=config.cluster.max_failures)
+    restarts = config.cluster.max_failures
+    if len(roles) == 1:
+        alone = functools.partial(_life_alone, config, folder, pool, roles[0])
+        return live(alone, folder, first=roles[0], restarts=restarts)
+    with Rendezvous(cluster.driver_host(config)) as rendezvous:
+        life = functools.partial(_life_together, config, folder, pool, roles, rendezvous)
+        return live(life, folder, first=roles[0], restarts=restarts)
 
 
-def _fit(
+def _life_alone(config: RunConfig, folder: Path, pool: PoolAddress | None, role: str, number: int) -> Outcomes:
+    """One life of a run of one role. In this thread, so that Ray Train sees an interrupt."""
+    fit = functools.partial(_fit, config, folder, pool, role, name=f"{role}-{number}" if number else role)
+    return {role: supervise.attempt(f"role {role}", fit)}
+
+
+def _life_together(
     config: RunConfig,
     folder: Path,
     pool: PoolAddress | None,
-    role: str,
-    *,
-    restarts: int,
-    meeting: Meeting | None = None,
+    roles: Sequence[str],
+    rendezvous: Rendezvous,
+    number: int,
+) -> Outcomes:
+    """One life of a run of several roles, that exchange activations and gradients.
+
+    When one fails, the store where they meet is opened for the next generation, so that the others end as well.
+    """
+    generation = next_generation(folder / "checkpoints")
+    rendezvous.open(generation)
+    mailbox = (
+        start_mailbox(f"{folder.name}-{os.getpid()}", generation) if config.bridge.transport == "objects" else None
+    )
+    meeting = Meeting(address=rendezvous.address, generation=generation, roles=_sizes(config, roles), mailbox=mailbox)
+    if number:
+        _log.info("generation %d: %s", generation, ", ".join(f"{role} with {n}" for role, n in meeting.roles.items()))
+    groups = {
+        role: functools.partial(_fit, config, folder, pool, role, name=f"{role}-{generation}", meeting=meeting)
+        for role in roles
+    }
+    return together(
+        groups,
+        end=functools.partial(rendezvous.open, generation + 1),
+        folder=folder,
+        patience_s=config.cluster.start_timeout_s + _END_S,
+    )
+
+
+def _sizes(config: RunConfig, roles: Sequence[str]) -> dict[str, int]:
+    """How many workers each role gets this time: the most that its range and the living nodes allow."""
+    import ray
+
+    try:
+        return largest_sizes(config, nodes_from_ray(ray.nodes()))
+    except PlacementError as error:
+        # Asking for them anyway is what makes a cluster grow that can.
+        _log.warning("%s; waiting %g s (cluster.start_timeout_s) for it", error, config.cluster.start_timeout_s)
+        return {role: min(config.cluster.roles[role].workers) for role in roles}
+
+
+def _fit(
+    config: RunConfig, folder: Path, pool: PoolAddress | None, role: str, *, name: str, meeting: Meeting | None = None
 ) -> RoleResult:
-    """Train one role in a worker group, restarted by Ray Train up to ``restarts`` times."""
+    """Train one role in a worker group, once."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -87,72 +123,20 @@ def _fit(
         torch_config=TorchConfig(backend="nccl" if spec.num_gpus else "gloo"),
         scaling_config=api.ScalingConfig(**_scaling(role, spec, fixed=meeting.roles[role] if meeting else 0)),
         run_config=api.RunConfig(
-            name=role if meeting is None else f"{role}-{meeting.generation}",
+            name=name,
             storage_path=str(folder / "ray"),
-            failure_config=api.FailureConfig(max_failures=restarts, controller_failure_limit=_CONTROLLER_FAILURES),
+            # Starting again is ours to decide; Ray Train's default for a group that cannot be placed is for ever.
+            failure_config=api.FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
     try:
         result: Any = trainer.fit()
     except api.TrainingFailedError as error:
-        raise refusal.read(folder) or _cause(role, error) from error
+        raise _cause(role, error) from error
     refused = refusal.read(folder)
     if refused is not None:
         raise refused
     return RoleResult(**result.return_value)
-
-
-def _train_together(config: RunConfig, folder: Path, pool: PoolAddress | None, roles: Sequence[str]) -> RoleResult:
-    """Train several roles, a worker group each, that exchange activations and gradients.
-
-    When one fails, the store where they meet is opened for the next generation, so that the others end as well; then
-    all start again from the newest step that all have saved.
-    """
-    sizes = {role: config.cluster.roles[role].workers[0] for role in roles}
-    with Rendezvous(cluster.driver_host(config)) as rendezvous:
-        for restart in range(config.cluster.max_failures + 1):
-            generation = next_generation(folder / "checkpoints")
-            rendezvous.open(generation)
-            mailbox = start_mailbox(folder.name, generation) if config.bridge.transport == "objects" else None
-            meeting = Meeting(address=rendezvous.address, generation=generation, roles=sizes, mailbox=mailbox)
-            results, errors = _fit_all(config, folder, pool, meeting, rendezvous)
-            if not errors:
-                return results[roles[0]]
-            first = next(iter(errors.values()))
-            if refusal.read(folder) is not None or isinstance(first, refusal.FINAL):
-                raise first
-            _log.warning(
-                "role %s failed (%s); %s",
-                next(iter(errors)),
-                str(first).splitlines()[0],
-                "all roles start again from their last joint step"
-                if restart < config.cluster.max_failures
-                else f"cluster.max_failures={config.cluster.max_failures} restarts are used up",
-            )
-    raise first
-
-
-def _fit_all(
-    config: RunConfig, folder: Path, pool: PoolAddress | None, meeting: Meeting, rendezvous: Rendezvous
-) -> tuple[dict[str, RoleResult], dict[str, Exception]]:
-    """Fit every role in a thread of its own. Results and errors by role, the first error first."""
-    results: dict[str, RoleResult] = {}
-    errors: dict[str, Exception] = {}
-    with ThreadPoolExecutor(len(meeting.roles), thread_name_prefix="fit") as threads:
-        waiting = {
-            threads.submit(_fit, config, folder, pool, role, restarts=0, meeting=meeting): role
-            for role in meeting.roles
-        }
-        for future in as_completed(waiting):
-            error = future.exception()
-            if error is None:
-                results[waiting[future]] = future.result()
-            elif isinstance(error, USER_ERRORS):
-                errors[waiting[future]] = error
-                rendezvous.open(meeting.generation + 1)  # the other roles find out, and end
-            else:
-                raise error
-    return results, errors
 
 
 def _scaling(role: str, spec: RoleConfig, fixed: int = 0) -> dict[str, Any]:
@@ -177,7 +161,7 @@ def _scaling(role: str, spec: RoleConfig, fixed: int = 0) -> dict[str, Any]:
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs: the role, unless an earlier group has found that it cannot be done."""
+    """What each worker runs: the role, unless a rank of another one has found that it cannot be done."""
     folder = Path(settings["folder"])
     if refusal.read(folder) is not None:
         return {}
@@ -205,10 +189,6 @@ def _run_role(
 
     backend = make_backend(role_config(config, role).backend, train.torch.get_device())
     logs.record(folder / "events", f"{role}-{backend.rank}")
-    if not config.trainer.threads:
-        # Ray sets OMP_NUM_THREADS to 1 for a worker that asks for no CPU; "torch's default" means the machine's.
-        beside = sum(meeting.roles.values()) if meeting else train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     manifests = open_sources(config, revalidate=False)
     store = open_store(config)
     connected = connect_pool(pool, config) if pool is not None else None
@@ -216,9 +196,26 @@ def _run_role(
         client = running.enter_context(closing(FeatureClient(config, store, pool=connected)))
         feed = running.enter_context(closing(Feed.open(config, manifests, client, store, role=role)))
         link = None if meeting is None else running.enter_context(_meet(config, role, backend, meeting))
+        # Ray sets OMP_NUM_THREADS to 1 for a worker that asks for no CPU; "torch's default" means the machine's.
+        torch.set_num_threads(share_of_cores(*_neighbours(link, train.get_context())))
         stream = functools.partial(_stream, config, backend, role)
         result = train_role(config, folder, feed, backend, role=role, stream=stream, link=link)
     return dataclasses.asdict(result)
+
+
+def share_of_cores(here: str, nodes: Sequence[str]) -> int:
+    """Threads of a worker on node ``here``, when ``nodes`` are those of all workers of all roles."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, list(nodes).count(here)))
+
+
+def _neighbours(link: Link | None, context: Any) -> tuple[str, list[str]]:
+    """The node of this rank, and those of all ranks of the run."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    if link is None:
+        return here, [here] * context.get_local_world_size()
+    return here, link.exchange("node", -1, here)
 
 
 def _meet(config: RunConfig, role: str, backend: Backend, meeting: Meeting) -> Link:
@@ -255,11 +252,22 @@ def _stream(config: RunConfig, backend: Any, role: str, plan: Any, start: int, s
 
 
 def _cause(role: str, error: BaseException) -> Exception:
-    """The user error that a worker raised, without Ray's wrappers; otherwise a ServiceError with the first failure."""
-    failures = getattr(error, "worker_failures", None) or {}
-    first = next(iter(failures.values()), error)
-    for candidate in (*failures.values(), error):
-        inner = getattr(candidate, "cause", None) or candidate
-        if isinstance(inner, USER_ERRORS):
-            return inner
-    return ServiceError(f"the worker group of role {role} failed: {first}")
+    """The user error that a worker raised, without Ray's wrappers; otherwise a ServiceError with every rank's failure.
+
+    That a peer was lost counts only where no rank of this role failed by itself.
+    """
+    failures: Mapping[int, Any] = getattr(error, "worker_failures", None) or {}
+    if not failures:
+        reason = getattr(error, "controller_failure", error)
+        return ServiceError(f"the worker group of role {role} could not run: {_line(reason)}\n{error}")
+    inner = {rank: getattr(failure, "cause", None) or failure for rank, failure in failures.items()}
+    known = {str(rank): found for rank, found in inner.items() if isinstance(found, USER_ERRORS)}
+    if known and (not isinstance(root_cause(known)[1], PeerLostError) or len(known) == len(inner)):
+        return root_cause(known)[1]
+    told = "; ".join(f"rank {rank}: {_line(found)}" for rank, found in inner.items() if str(rank) not in known)
+    return ServiceError(f"the worker group of role {role} failed: {told}\n{error}")
+
+
+def _line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from configs.schema import ClusterConfig, RunConfig
@@ -91,6 +91,35 @@ def bundles_from_config(config: RunConfig) -> list[Bundle]:
         asks = {"GPU": service.num_gpus, role_resource("feature"): 1.0}
         bundles.append(Bundle(role="feature", count=service.replicas, asks=_positive(asks)))
     return bundles
+
+
+def largest_sizes(config: RunConfig, nodes: Sequence[Node]) -> dict[str, int]:
+    """Workers of every role, for a run that starts now: the most that the role's range and ``nodes`` allow.
+
+    A size divides ``trainer.micro_batch``. Earlier roles choose first; all get their smallest size in any case.
+    PlacementError when even those do not fit.
+    """
+    batch = config.trainer.micro_batch
+    bundles = bundles_from_config(config)
+    place(bundles, nodes)
+    sizes = {role: min(spec.workers) for role, spec in config.cluster.roles.items()}
+    for role, spec in config.cluster.roles.items():
+        for size in range(max(spec.workers), sizes[role], -1):
+            if batch % size == 0 and _placeable(
+                [replace(b, count=size) if b.role == role else b for b in bundles], nodes
+            ):
+                sizes[role] = size
+                bundles = [replace(b, count=size) if b.role == role else b for b in bundles]
+                break
+    return sizes
+
+
+def _placeable(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> bool:
+    try:
+        place(bundles, nodes)
+    except PlacementError:
+        return False
+    return True
 
 
 def place(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> Placement:

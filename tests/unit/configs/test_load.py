@@ -18,6 +18,7 @@ EXTRA = {  # what an option cannot do without
     "logger/mlflow": ["logger.mlflow=http://127.0.0.1:5000"],
     "backend/zero3": ["trainer.ema=0"],
     "cluster/mixed-gpus": ["trainer.micro_batch=16"],
+    "cluster/mixed-gpus-joint": ["recipe=uniugg_joint", "trainer.micro_batch=16"],
     # Parts of UniUGG stand beside each other under `encoders`, for recipes that look for them by name.
     **{f"encoder/uniugg-vit-{size}": ["recipe=uniugg_vae"] for size in ("tiny", "small", "paper")},
     **{f"encoder/uniugg-frozen-{size}": ["recipe=uniugg_joint"] for size in ("tiny", "small", "paper")},

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ClusterConfig, NodeConfig, RoleConfig, RunConfig, ServiceConfig
+import configs
+from configs.schema import ClusterConfig, NodeConfig, RoleConfig, RunConfig, ServiceConfig, TrainerConfig
 from services.errors import PlacementError
 from services.runtime.placement import (
     MEMORY,
     Bundle,
     Node,
     bundles_from_config,
+    largest_sizes,
     nodes_from_config,
     nodes_from_ray,
     place,
@@ -128,3 +130,34 @@ def test_nodes_of_a_running_cluster():
     (only,) = nodes_from_ray(listing)
     assert only.offers == {"CPU": 4.0, MEMORY: 8.0}
     assert only.labels == {"zone": "a"}
+
+
+def test_two_roles_on_two_kinds_of_gpu():
+    config = configs.load(["recipe=uniugg_joint", "size=paper", "cluster=mixed-gpus-joint"])
+    placed = place(bundles_from_config(config), nodes_from_config(config.cluster)).nodes
+    assert set(placed["llm"]) == {"language"}
+    assert set(placed["diffusion"]) | set(placed["feature"]) == {"image-0", "image-1"}
+    assert (len(placed["llm"]), len(placed["diffusion"]), len(placed["feature"])) == (8, 4, 4)
+
+
+def joint(llm, diffusion, batch=8, replicas=0):
+    roles = {"llm": RoleConfig(workers=llm, num_gpus=1), "diffusion": RoleConfig(workers=diffusion, num_gpus=1)}
+    return RunConfig(
+        trainer=TrainerConfig(micro_batch=batch),
+        cluster=ClusterConfig(roles=roles),
+        service=ServiceConfig(replicas=replicas, num_gpus=1),
+    )
+
+
+def gpus(*counts):
+    return [node(f"n{i}", GPU=count, role_llm=9, role_diffusion=9, role_feature=9) for i, count in enumerate(counts)]
+
+
+def test_elastic_roles_take_what_there_is():
+    assert largest_sizes(joint([1, 8], [1]), gpus(4, 3)) == {"llm": 4, "diffusion": 1}, "6 do not divide 8"
+    assert largest_sizes(joint([1, 8], [1, 2]), gpus(4, 3)) == {"llm": 4, "diffusion": 2}
+    assert largest_sizes(joint([1, 8], [1, 2]), gpus(4)) == {"llm": 2, "diffusion": 2}, "a node was lost"
+    assert largest_sizes(joint([1, 8], [1], replicas=2), gpus(4)) == {"llm": 1, "diffusion": 1}, "encoders count too"
+    assert largest_sizes(joint([2], [3], batch=6), gpus(8)) == {"llm": 2, "diffusion": 3}
+    with pytest.raises(PlacementError, match="GPU"):
+        largest_sizes(joint([2, 4], [1]), gpus(2))
