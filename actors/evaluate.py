@@ -48,8 +48,8 @@ def load_trained(
             )
         if found.manifest["plan"] != plan.digest:
             raise ResumeError(
-                f"{found.folder} was trained on other data, or with another quarantine list (the plan's digest changed): "
-                "restore data.sources as they were, with the files that they name; sources may be added"
+                f"{found.folder} was trained on other data, or with another quarantine list (the plan's digest "
+                "changed): restore data.sources as they were, with the files that they name; sources may be added"
             )
         built = recipe.rebuild(role, settings)
         built = replace(built, module=adapt(feed.config, role, built))
@@ -110,6 +110,7 @@ def evaluate_run(
     from services.features.client import FeatureClient
     from services.features.encode import pin_weights
     from services.features.sink import open_store
+    from services.streams.targets import class_names
 
     folder, config = open_run(run, overrides, file)
     saved = configs.load(file=folder / "config.yaml")
@@ -123,7 +124,9 @@ def evaluate_run(
         closing(Feed.open(config, manifests, client, store)) as feed,
     ):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        plan = EpochPlan(saved, {name: manifests[name] for name in saved.data.sources}, quarantine=feed.quarantine)
+        known = {name: manifests[name] for name in saved.data.sources}
+        _check_classes(folder, class_names(known), class_names(manifests))
+        plan = EpochPlan(saved, known, quarantine=feed.quarantine)
         evaluation = evaluate(feed, folder, split=split, device=device, plan=plan)
     return write_report(folder), evaluation
 
@@ -140,6 +143,16 @@ def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"{'; '.join(differing)}: this decided what was trained, and cannot be changed for an evaluation. Leave it "
             "out, or train another run with it"
+        )
+
+
+def _check_classes(folder: Path, then: Sequence[str], now: Sequence[str]) -> None:
+    """ConfigError if sources that were added give other numbers to the classes that a role has learnt to name."""
+    roles = [json.loads(path.read_text()) for path in sorted((folder / "models").glob("*.json"))]
+    if any(settings.get("classes") for settings in roles) and tuple(then) != tuple(now):
+        raise ConfigError(
+            f"data.sources: with the sources that were added there are {len(now)} semantic classes, the run was "
+            f"trained with {len(then)}, which would be mistaken for each other; judge it on its own sources"
         )
 
 

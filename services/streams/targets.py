@@ -297,6 +297,11 @@ def _stacked(arrays: Sequence[np.ndarray] | np.ndarray, ask: Ask, dtype: str) ->
     return Tensor(data=np.stack(list(arrays)), dtype=dtype)
 
 
+def class_names(manifests: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names behind the indices of ``labels`` for these sources; see :class:`Targets`."""
+    return _class_tables(manifests)[0]
+
+
 def _class_tables(manifests: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """Names of the classes, and for each source the class index of each stored id (-1: ignored)."""
     if len(manifests) == 1:
