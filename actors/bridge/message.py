@@ -1,6 +1,7 @@
 """What crosses an edge: a header that both sides check, and the tensors of some samples as contiguous bytes.
 
-A dense tensor is sent where it lies; a ragged one is packed without its padding, sample after sample.
+A dense tensor is sent where it lies, and so is a ragged one that has no padding; other ragged ones are packed without
+it, sample after sample.
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ def pack(edge: EdgeSpec, tensors: Mapping[str, Tensor], begin: int, end: int, *,
 
 
 def to_bytes(tensor: Tensor, axes: Sequence[int], lengths: Sequence[Sequence[int]] | None) -> Tensor:
-    """A tensor (n, ...) as uint8 (bytes,): its own memory where it is contiguous and dense, a copy otherwise."""
-    if lengths is None:
+    """A tensor (n, ...) as uint8 (bytes,): its own memory where it is contiguous and has no padding, else a copy."""
+    if lengths is None or _is_dense(tensor.shape[1:], axes, lengths):
         flat = tensor.detach().reshape(-1)
     else:
         pieces = [tensor[i].detach()[_region(tensor.ndim - 1, axes, row)].reshape(-1) for i, row in enumerate(lengths)]
@@ -192,7 +193,7 @@ def to_bytes(tensor: Tensor, axes: Sequence[int], lengths: Sequence[Sequence[int
 
 
 def from_bytes(part: Tensor, header: TensorHeader, axes: Sequence[int], samples: int) -> Tensor:
-    """The tensor (samples, *shape) of a part; a view of it where the tensor is dense, padded with zeros otherwise.
+    """The tensor (samples, *shape) of a part; a view of it where there is no padding, padded with zeros otherwise.
 
     BridgeError for a part of another size.
     """
@@ -201,7 +202,7 @@ def from_bytes(part: Tensor, header: TensorHeader, axes: Sequence[int], samples:
             f"{header.name!r} came with {part.numel()} bytes, its header says {nbytes(header, axes, samples)}"
         )
     values = part.view(DTYPES[header.dtype])
-    if not axes:
+    if not axes or _is_dense(header.shape, axes, header.lengths):
         return values.view(samples, *header.shape)
     whole = values.new_zeros((samples, *header.shape))
     offset = 0
@@ -259,6 +260,12 @@ def ragged_axes(declared: EdgeTensor) -> tuple[int, ...]:
 
 def _axes(declared: EdgeTensor) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(declared.spec.shape) if size is None)
+
+
+def _is_dense(shape: Sequence[int], axes: Sequence[int], lengths: Sequence[Sequence[int]]) -> bool:
+    """Whether no sample of ``shape`` has padding on its ragged axes."""
+    full = tuple(shape[axis] for axis in axes)
+    return all(tuple(row) == full for row in lengths)
 
 
 def _region(ndim: int, axes: Sequence[int], row: Sequence[int]) -> tuple[slice, ...]:

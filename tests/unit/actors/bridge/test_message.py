@@ -175,3 +175,17 @@ def test_edges_that_cannot_be_are_refused(edges: list[EdgeSpec], message: str) -
     check_edges([an_edge((3,))], {"llm": 1, "diffusion": 1})
     with pytest.raises(ConfigError, match=message):
         check_edges(edges, {"llm": 1, "diffusion": 1})
+
+
+def test_a_ragged_tensor_without_padding_is_not_copied() -> None:
+    values = torch.randn(3, 5, 4)
+    edge = an_edge((None, None))
+    packed = pack(edge, {"h": values, "h_lengths": torch.tensor([[5, 4]] * 3)}, 1, 3, sender="x")
+    (header,), (part,) = packed.tensors, packed.parts
+    assert part.data_ptr() == values[1:].data_ptr()
+    came = from_bytes(part, header, ragged_axes(edge.tensors[0]), 2)
+    assert came.data_ptr() == part.data_ptr()
+    assert torch.equal(came, values[1:])
+    shorter = pack(edge, {"h": values, "h_lengths": torch.tensor([[5, 3]] * 3)}, 1, 3, sender="x")
+    assert shorter.tensors[0].shape == (5, 3)
+    assert torch.equal(from_bytes(shorter.parts[0], shorter.tensors[0], (0, 1), 2), values[1:, :, :3])
