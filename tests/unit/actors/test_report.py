@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from actors.report import write_report
 from actors.report.collect import collect
 from actors.report.figures import depth_picture, enlarge, label_picture
+from actors.report.page import page_values
 from services.errors import DataError
 
 
@@ -144,3 +146,23 @@ def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
     (other / "evaluation.json").write_text(json.dumps({"split": "test", "samples": 99, "metrics": {}}))
     with pytest.raises(DataError, match=r"a was judged on samples=12, b on samples=99"):
         collect(run, other)
+
+
+def test_what_roles_logged_stands_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "joint"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("recipe: {name: uniugg_joint}\n")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in (1, 2):
+            for role, term, speed in (("llm", "ce", 8.0), ("diffusion", "noise", 4.0)):
+                row = {"step": step, "split": "train", "role": role, "loss": 1.5, f"loss/{term}": 1.5}
+                file.write(json.dumps(row | {"lr": 0.1, "grad_norm": 2.0, "samples_per_s": speed}) + "\n")
+    values = page_values(collect(folder))
+    assert values["throughput"] == [
+        ("llm: samples per second, median", "8.0"),
+        ("diffusion: samples per second, median", "4.0"),
+    ]
+    figures = dict(values["curve_figures"])
+    assert set(figures) == {"Training losses", "Throughput"}
+    assert {">loss<", ">loss/ce<", ">loss/noise<"} <= set(re.findall(r">[a-z/]+<", figures["Training losses"]))
+    assert {">llm<", ">diffusion<"} <= set(re.findall(r">[a-z/]+<", figures["Throughput"]))
