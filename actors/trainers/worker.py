@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -185,10 +186,12 @@ def _run_role(
     from services.features.client import FeatureClient
     from services.features.pool import connect_pool
     from services.features.sink import open_store
-    from services.telemetry import logs
+    from services.telemetry import events, logs
 
     backend = make_backend(role_config(config, role).backend, train.torch.get_device())
     logs.record(folder / "events", f"{role}-{backend.rank}")
+    now = time.time()
+    events.emit("joined", now, now, pid=os.getpid(), generation=meeting.generation if meeting else 0)
     manifests = open_sources(config, revalidate=False)
     store = open_store(config)
     connected = connect_pool(pool, config) if pool is not None else None
