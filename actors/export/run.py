@@ -214,13 +214,18 @@ class _Writer:
 
 def load_network(place: Path, child: str) -> nn.Module:
     """A network as its own library loads it from a local folder; float32, in eval mode."""
+    network: nn.Module
     if child == "language":
         from transformers import AutoModelForCausalLM
 
-        return load_strict(AutoModelForCausalLM, place, torch.float32).eval()
-    from diffusers import UNet2DConditionModel
+        network = load_strict(AutoModelForCausalLM, place, torch.float32)
+    else:
+        from diffusers import UNet2DConditionModel
 
-    network: nn.Module = UNet2DConditionModel.from_pretrained(place, local_files_only=True)
+        network = UNet2DConditionModel.from_pretrained(place, local_files_only=True)
+    for parameter in network.parameters():
+        # The libraries leave weights where the file is mapped, at odd addresses, and kernels then sum in another order.
+        parameter.data = parameter.data.clone()
     return network.eval()
 
 
