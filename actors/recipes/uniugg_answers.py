@@ -7,9 +7,10 @@ training split and see no picture (:mod:`services.data.questions.guesses`).
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,18 @@ from models.uniugg.answers import generate_text
 from models.uniugg.llm import CONVERSATION, UniuggLLM
 from services.contracts import ImageRef, Item, PlanSample, Question, Role, Split, Turn, ViewRole
 from services.data.questions.guesses import BlindBaseline, blind_baseline
+from services.errors import DataError
 from services.streams.sampling import sample_id
-from services.streams.text import TextColumns
+from services.streams.text import SPECS, TextColumns
 from services.telemetry import events
 
 if TYPE_CHECKING:
     from actors.trainers.feed import Feed
 
-BLIND = "best image-blind baseline"
+_log = logging.getLogger("loom3d")
+
+BLIND, UNTAUGHT = "best image-blind baseline", "first option, or nothing"
+"""What stands beside the answers; the second where the training split asks no question of these types."""
 ASKED = "mean of the asked"
 EXAMPLES = 16
 
@@ -123,7 +128,8 @@ def judge_answers(
         values = [_headline(benchmark, found) for found in scores.values()]
         label = guessed[0] if list(benchmarks.values()).count(benchmark) == 1 else f"{guessed[0]} ({source})"
         also = dict(zip(list(models)[1:], values[1:], strict=True))
-        metrics[f"answers/{label}"] = row(values[0], guessed[1], BLIND, "higher", **also)
+        bar = UNTAUGHT if set(blind.untrained) == set(blind.best) else BLIND
+        metrics[f"answers/{label}"] = row(values[0], guessed[1], bar, "higher", **also)
         _tables(album, source, asked, answers, scores, blind)
     return metrics
 
@@ -168,27 +174,36 @@ def score(asked: Sequence[Asked], answers: Mapping[str, str], benchmark: str) ->
 
 
 def answer(llm: UniuggLLM, asked: Sequence[Asked], judge: Feed, *, split: Split, device: str) -> dict[str, str]:
-    """Id of each question -> the answer in words. A question whose pictures cannot be read is not there.
+    """Id of each question -> the answer in words. One that is too long, or whose pictures are broken, is not there.
 
     Questions about the same pictures are asked together: the model reads the pictures once.
     """
     config = judge.config
     _, rows, columns, _ = (int(axis or 0) for axis in judge.client.outputs("vit")["tokens"].shape)
     texts = TextColumns(config, rows * columns)
+    prompts: dict[str, list[int]] = {}
     groups: dict[tuple[ImageRef, ...], list[Asked]] = defaultdict(list)
     for one in asked:
-        groups[one.item.images].append(one)
-    first = {one[0].sample.id: one for one in groups.values()}
-    answers: dict[str, str] = {}
-    loaded = load_samples(judge, [one[0].sample for one in groups.values()], split=split, batch_size=1)
-    for batch, (sample,) in loaded:
-        if not float(batch["weight"][0]):
+        try:
+            record = texts.question(one.prompt, len(one.item.images))
+        except DataError as error:
+            _log.warning("question %s of %s is not asked: %s", one.question.id, one.source, error)
             continue
+        prompts[one.question.id] = record["input_ids"].data.tolist()
+        groups[one.item.images].append(one)
+    first = {group[0].sample.id: group for group in groups.values()}
+    answers: dict[str, str] = {}
+    chosen = [group[0].sample for group in groups.values()]
+    for batch, (sample,) in load_samples(_without_text(judge), chosen, split=split, batch_size=1):
         group = first[sample.id]
-        prompts = [texts.question(one.prompt, len(one.item.images))["input_ids"].data.tolist() for one in group]
+        if not float(batch["weight"][0]):
+            _log.warning(
+                "%d questions of %s are not asked: pictures of %s are broken", len(group), sample.source, sample.item
+            )
+            continue
         given = generate_text(
             llm,
-            prompts,
+            [prompts[one.question.id] for one in group],
             _tokens(batch, len(sample.views), device),
             max_new_tokens=config.generate.max_new_tokens,
             stop=(texts.end_of_turn,),
@@ -196,6 +211,17 @@ def answer(llm: UniuggLLM, asked: Sequence[Asked], judge: Feed, *, split: Split,
         )
         answers |= {one.question.id: texts.decode(ids) for one, ids in zip(group, given, strict=True)}
     return answers
+
+
+def _without_text(judge: Feed) -> Feed:
+    """The same feed for pictures alone: one shows the pictures of many questions, whatever its own words are."""
+    columns = {name: found for name, found in judge.columns[CONVERSATION].items() if name not in SPECS}
+    made = replace(judge.inputs[CONVERSATION], text=False)
+    return replace(
+        judge,
+        inputs={**judge.inputs, CONVERSATION: made},
+        columns={**judge.columns, CONVERSATION: columns},
+    )
 
 
 def _tokens(batch: Mapping[str, Any], views: int, device: str) -> Tensor | None:

@@ -17,7 +17,7 @@ import configs
 from actors.recipes import Built, open_recipe, uniugg_answers
 from actors.recipes.pictures import Album
 from actors.recipes.samples import load_samples, planned, spread
-from actors.recipes.uniugg_answers import ASKED, BLIND, benchmark_of, headline, judge_answers, questions_of
+from actors.recipes.uniugg_answers import ASKED, BLIND, UNTAUGHT, benchmark_of, headline, judge_answers, questions_of
 from actors.recipes.uniugg_judge import BEFORE, Losses, evaluate
 from actors.recipes.uniugg_views import COPY, OWN, PLANE, TRAINED, TrainingViews, ViewJudge, thinned
 from actors.trainers.feed import Feed
@@ -270,6 +270,39 @@ def test_every_answer_reaches_its_question(feed: Feed, tmp_path: Path, monkeypat
     assert found["baseline"] < found["value"]
     assert sum(calls) == len(asked)
     assert len(calls) == len(scenes), "questions about the same pictures go together"
+
+
+def test_a_question_that_is_too_long_is_not_asked(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with closing(feed.for_role(JUDGE)) as judge:
+        asked = questions_of(judge, Split.TEST)["questions"]
+        tokens = judge.client.outputs("vit")["tokens"].shape
+        texts = uniugg_answers.TextColumns(judge.config, int(tokens[1] or 0) * int(tokens[2] or 0))
+        lengths = {
+            one.question.id: len(texts.question(one.prompt, len(one.item.images))["input_ids"].data) for one in asked
+        }
+        limit = int(np.median(list(lengths.values())))
+        data = replace(judge.config.data, text=replace(judge.config.data.text, max_length=limit))
+        judge = replace(judge, config=replace(judge.config, data=data))
+        monkeypatch.setattr(
+            uniugg_answers, "generate_text", lambda llm, questions, tokens, **_: [[65] for _ in questions]
+        )
+        found = uniugg_answers.answer(built(feed)["llm"].module, asked, judge, split=Split.TEST, device="cpu")
+    assert set(found) == {name for name, length in lengths.items() if length <= limit}
+    assert 0 < len(found) < len(asked)
+    assert "is not asked" in caplog.text
+    assert "data.text.max_length" in caplog.text
+
+
+def test_without_questions_in_training_the_bar_says_so(feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    known = questions_of(feed, Split.TEST)
+    monkeypatch.setattr(uniugg_answers, "questions_of", lambda _, split: known if split == Split.TEST else {})
+    monkeypatch.setattr(uniugg_answers, "generate_text", lambda llm, questions, tokens, **_: [[65] for _ in questions])
+    with closing(feed.for_role(JUDGE)) as judge:
+        llm = built(feed)["llm"].module
+        ((_, found),) = judge_answers({TRAINED: llm}, judge, Album(tmp_path), split=Split.TEST, device="cpu").items()
+    assert found["baseline_name"] == UNTAUGHT
 
 
 # -- what is read --------------------------------------------------------------------------------------------
