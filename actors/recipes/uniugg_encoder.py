@@ -58,7 +58,7 @@ class EncoderRecipe(Recipe):
         return ("confidence", "matching", "rgb", "semantic_tokens", "semantic_summary")
 
     def describe(self, role: str, facts: Facts) -> dict[str, Any]:
-        """A student with the teacher's channels. ConfigError when its tokens could not be compared with the teacher's."""
+        """A student of the teacher's form. ConfigError when their tokens could not be compared one by one."""
         settings = super().describe(role, facts)
         self._check_teacher(facts, settings)
         return settings

@@ -86,18 +86,7 @@ def train_role(
         torch.set_num_threads(config.trainer.threads)
     plan = feed.plan(Split.TRAIN)
     built = recipe.build(role, feed, plan)
-    module = adapt(config, role, built)
-    if config.trainer.activation_checkpointing:
-        checkpoint_activations(module, built.spec)
-    loop = TrainLoop(
-        module=module,
-        role=built.spec,
-        config=config.trainer,
-        backend=backend,
-        loss_weights=recipe.loss_weights(role),
-        seed=config.seed,
-        link=link,
-    )
+    loop = _make_loop(config, recipe, built, backend, link)
     checkpoints = _joined(open_checkpoints(config, folder, plan, role), folder, loop)
     found = checkpoints.newest()
     if found is not None:
@@ -141,6 +130,23 @@ def train_role(
     )
 
 
+def _make_loop(config: RunConfig, recipe: Recipe, built: Built, backend: Backend, link: Links | None) -> TrainLoop:
+    """The loop of a role at step 0."""
+    role = built.spec.name
+    module = adapt(config, role, built)
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(module, built.spec)
+    return TrainLoop(
+        module=module,
+        role=built.spec,
+        config=config.trainer,
+        backend=backend,
+        loss_weights=recipe.loss_weights(role),
+        seed=config.seed,
+        link=link,
+    )
+
+
 def adapt(config: RunConfig, role: str, built: Built) -> nn.Module:
     """The module of ``role`` with what the run trains of it: all, or the parameters that ``recipe.train`` names.
 
@@ -177,7 +183,8 @@ def best_checkpoint(config: RunConfig, folder: Path, plan: EpochPlan, role: str)
 def open_checkpoints(config: RunConfig, folder: Path, plan: EpochPlan, role: str = "") -> Checkpoints:
     """The checkpoints of one role of a run folder ("": its first), bound to the run's settings and data."""
     roles = open_recipe(config).roles
-    identity = Identity(settings=deciding_settings(config), plan=plan.digest)
+    settings = deciding_settings(role_config(config, role or roles[0]))
+    identity = Identity(settings=settings, plan=plan.digest)
     below = folder / "checkpoints" if len(roles) == 1 else folder / "checkpoints" / (role or roles[0])
     return Checkpoints(below, identity, keep=config.trainer.keep_checkpoints)
 

@@ -10,7 +10,6 @@ from torch import nn
 import models
 from models.errors import ModelError, WeightsError
 
-
 #: Families that are parts of other models: no recipe trains them by themselves.
 PARTS = ("mast3r-", "radio-", "spatial-vae-", "uniugg-vit-", "uniugg-spatial-decoder-")
 
