@@ -11,6 +11,8 @@ from typing import Any
 _SMALL: Mapping[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 _BASE: Mapping[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 _LARGE: Mapping[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+#: A class token for each of four teachers, of which three have summaries.
+_RADIO: Mapping[str, Any] = {"patch_size": 16, "num_cls_tokens": 4, "num_registers": 4, "summary_idxs": [0, 1, 2]}
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "facebook/dinov2-small": {**_SMALL, "patch_size": 14, "image_size": 518},
@@ -29,6 +31,9 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
         "hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304,
         "patch_size": 14, "image_size": 384,
     },
+    "nvidia/C-RADIOv3-B": {**_BASE, **_RADIO},
+    "nvidia/C-RADIOv3-L": {**_LARGE, **_RADIO},
+    "nvidia/RADIO-L": {**_LARGE, **_RADIO},
     "openai/clip-vit-base-patch16": {
         **_BASE, "intermediate_size": 3072, "patch_size": 16, "image_size": 224, "projection_dim": 512,
     },

@@ -161,7 +161,8 @@ def test_every_published_name_of_the_tree_is_known() -> None:
     # Parts of UniUGG stand beside each other under `encoders`; they are trained, not published.
     names = [name for name in groups()["encoder"] if not name.startswith("uniugg-")]
     named = {configs.load([f"encoder={name}"]).encoders["features"].weights for name in names}
-    assert {w for w in named if w != "random" and not w.startswith("nvidia/")} == set(published.ARCHITECTURES)
+    named.add(configs.load(["recipe=uniugg_encoder", "size=paper"]).encoders["teacher"].weights)
+    assert named - {"random"} == set(published.ARCHITECTURES)
 
 
 def test_an_unknown_name_needs_its_weights(tmp_path: Path) -> None:
