@@ -80,8 +80,9 @@ def _life_together(
         start_mailbox(f"{folder.name}-{os.getpid()}", generation) if config.bridge.transport == "objects" else None
     )
     meeting = Meeting(address=rendezvous.address, generation=generation, roles=_sizes(config, roles), mailbox=mailbox)
-    if number:
-        _log.info("generation %d: %s", generation, ", ".join(f"{role} with {n}" for role, n in meeting.roles.items()))
+    if number or any(len(config.cluster.roles[role].workers) > 1 for role in roles):
+        sizes = ", ".join(f"{role} {count}" for role, count in meeting.roles.items())
+        _log.info("generation %d; workers: %s", generation, sizes)
     groups = {
         role: functools.partial(_fit, config, folder, pool, role, name=f"{role}-{generation}", meeting=meeting)
         for role in roles
@@ -272,5 +273,9 @@ def _cause(role: str, error: BaseException) -> Exception:
 
 
 def _line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """An error in one line: of a worker that is gone, how its process ended; of others, type and first line."""
+    gone = getattr(error, "health_check_failure", None)
+    lines = [line.strip() for line in str(gone or error).splitlines() if line.strip()] or [""]
+    if gone is not None:
+        return "its process is gone. " + next((line for line in lines if "exit" in line), lines[0])
+    return f"{type(error).__name__}: {lines[0]}"

@@ -173,7 +173,7 @@ def test_kill_9_of_a_rank_and_both_start_again_from_the_joint_step(folder: Path,
     assert {entry.generation for entry in read_joint(run / "checkpoints")[-1:]} == {2}
     said = [e["text"] for e in events.read(run / "events") if e["who"] == "driver" and e["what"] == "log"]
     (why,) = [text for text in said if "start again" in text]
-    assert why.startswith(f"role {role} failed (the worker group of role {role} failed: rank 0: ")
+    assert why.startswith(f"role {role} failed (the worker group of role {role} failed: rank 0: its process is gone")
 
 
 @pytest.mark.slow

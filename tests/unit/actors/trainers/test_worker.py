@@ -43,6 +43,14 @@ def test_the_users_error_is_found_among_rays() -> None:
     assert failed(r0=lost, r1=PeerLostError("too")) is lost
 
 
+def test_a_worker_that_was_killed_is_said_to_be_gone() -> None:
+    gone = RuntimeError("A worker health check failed.")
+    gone.health_check_failure = RuntimeError("The actor died.\n\tpid: 7\nIts worker exit type: SYSTEM_ERROR")  # type: ignore[attr-defined]
+    assert str(failed(r1=gone)).splitlines()[0] == (
+        "the worker group of role llm failed: rank 1: its process is gone. Its worker exit type: SYSTEM_ERROR"
+    )
+
+
 def test_a_group_that_does_not_start_says_why() -> None:
     error = RuntimeError("Training failed due to controller error")
     error.controller_failure = TimeoutError("no node has role_llm\nmore")  # type: ignore[attr-defined]
