@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.contracts import MicroBatch, PlanSample, Split, StepPlan
@@ -15,12 +17,26 @@ if TYPE_CHECKING:
 _Entry = TypeVar("_Entry")
 
 
-def planned(feed: Feed, split: Split, kind: str) -> list[PlanSample]:
-    """Every sample of ``kind`` in a split once, in the order of the plan, without fillers."""
+def planned(feed: Feed, split: Split, kind: str, limit: int = 0) -> list[PlanSample]:
+    """Samples of ``kind`` in a split, each once, in the order of the plan; at most ``limit`` (0: all), evenly over it.
+
+    Only the steps that hold them are planned, so a few of millions are found at once.
+    """
     plan = feed.plan(split, complete=True)
-    steps = (plan.step(number) for number in range(plan.steps_per_epoch))
-    batches = (batch for step in steps for batch in step.micro_batches if batch.kind == kind)
-    return [sample for batch in batches for sample in batch.samples if sample.weight > 0]
+    size = plan.kinds.count(kind) * plan.micro_batch
+
+    def of_step(step: int) -> list[PlanSample]:
+        batches = [batch for batch in plan.step(step).micro_batches if batch.kind == kind]
+        return [sample for batch in batches for sample in batch.samples if sample.weight > 0]
+
+    # Samples come in order, and fillers after the last one: whole steps, perhaps one of both, then fillers alone.
+    whole = bisect_left(range(plan.steps_per_epoch), True, key=lambda step: len(of_step(step)) < size)
+    total = whole * size + (len(of_step(whole)) if whole < plan.steps_per_epoch else 0)
+    found = []
+    for step, places in groupby(spread(range(total), limit), key=lambda place: place // size):
+        samples = of_step(step)
+        found += [samples[place % size] for place in places]
+    return found
 
 
 def spread(entries: Sequence[_Entry], limit: int) -> list[_Entry]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from actors.recipes.base import Built, LossTally, Recipe, row
 from actors.recipes.pictures import Album
-from actors.recipes.samples import load_samples, planned, spread
+from actors.recipes.samples import load_samples, planned
 from actors.recipes.uniugg_answers import judge_answers
 from actors.recipes.uniugg_pairs import to_kept
 from actors.recipes.uniugg_views import TRAINED, ViewJudge
@@ -109,7 +109,7 @@ def _loss_rows(losses: Mapping[str, Losses]) -> dict[str, dict[str, Any]]:
 def _conversations(losses: Mapping[str, Losses], judge: Feed, split: Split, device: str) -> int:
     """Cross-entropy of what is answered in the split, questions and captions alike; returns the conversations."""
     limit, size, seen = judge.config.evaluate.samples, judge.config.trainer.micro_batch, 0
-    chosen = spread(planned(judge, split, CONVERSATION), limit)
+    chosen = planned(judge, split, CONVERSATION, limit)
     for batch, _ in load_samples(judge, chosen, split=split, batch_size=size):
         kept = to_kept(batch, device)
         seen += len(kept["weight"])
@@ -130,7 +130,7 @@ def _generation(
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Losses of pairs, and imagined views where the parts are there that draw them; metrics and number of pairs."""
     config = judge.config
-    chosen, views, seen = spread(planned(judge, split, GENERATION), config.evaluate.samples), None, 0
+    chosen, views, seen = planned(judge, split, GENERATION, config.evaluate.samples), None, 0
     parts = decoding_parts(judge, folder, device)
     for batch, _ in load_samples(judge, chosen, split=split, batch_size=config.generate.batch_size):
         kept = to_kept(batch, device)

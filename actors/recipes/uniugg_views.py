@@ -19,7 +19,7 @@ from torch import Tensor
 
 from actors.recipes.base import row
 from actors.recipes.pictures import Album, colour_depth, hstack
-from actors.recipes.samples import planned, spread
+from actors.recipes.samples import planned
 from models.geometry.poses import relative, rotation_angle
 from models.geometry.projection import transform, unproject
 from models.metrics.depth import frame_scores, valid_depth
@@ -52,7 +52,7 @@ class TrainingViews:
 
     def __init__(self, feed: Feed) -> None:
         pictures, views, depths, pixels = 0.0, 0, 0.0, 0
-        for sample in spread(planned(feed, Split.TRAIN, GENERATION), SURVEY):
+        for sample in planned(feed, Split.TRAIN, GENERATION, SURVEY):
             (record,) = feed.targets.get([sample])
             if isinstance(record, DataError):
                 continue

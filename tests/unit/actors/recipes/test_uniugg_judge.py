@@ -343,3 +343,14 @@ def test_spread_is_even_and_keeps_the_order():
     assert spread(range(3), 5) == [0, 1, 2]
     assert spread(range(10), 5) == [1, 3, 5, 7, 9]
     assert len(set(spread(range(1000), 37))) == 37
+
+
+@pytest.mark.parametrize("kind", ["generation", "conversation"])
+@pytest.mark.parametrize("split", [Split.TRAIN, Split.TEST])
+def test_planned_samples_are_all_of_the_split_or_some_of_them_evenly(feed: Feed, kind: str, split: Split):
+    plan = feed.plan(split, complete=True)
+    steps = [plan.step(number) for number in range(plan.steps_per_epoch)]
+    every = [s for step in steps for b in step.micro_batches if b.kind == kind for s in b.samples if s.weight > 0]
+    assert planned(feed, split, kind) == every
+    assert planned(feed, split, kind, 3) == spread(every, 3)
+    assert len({sample.id for sample in every}) == len(every) > 3
