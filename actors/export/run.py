@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import configs
+from actors.evaluate import check_unchanged
 from actors.export.card import model_card
 from actors.export.forward import core, outputs, random_inputs
 from actors.export.origin import Weights, base_weights, versions
@@ -60,6 +61,8 @@ class Exported:
 def run(args: argparse.Namespace) -> Exported:
     """What ``loom3d export`` does."""
     folder, config = open_run(args.run, args.overrides, args.config)
+    saved = configs.load(file=folder / "config.yaml")
+    check_unchanged(saved, config)  # keys describe which run; its card says what it was trained with
     licences: dict[str, str] = {}
     for text in args.licence:
         name, _, licence = text.partition("=")
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> Exported:
             raise ConfigError(f"--licence {text}: write NAME=TEXT, as in model.init.language=apache-2.0")
         licences[name] = licence
     out = Path(args.out).expanduser().absolute()
-    return export_run(folder, config, out, merge=args.merge, licences=licences)
+    return export_run(folder, saved, out, merge=args.merge, licences=licences)
 
 
 def export_run(

@@ -235,6 +235,8 @@ def test_the_command_exports_a_run_by_its_name(tmp_path: Path, capsys: pytest.Ca
     assert "heads" in capsys.readouterr().err
     assert main(["export", "--run", "heads", root, "--out", str(tmp_path / "other"), "--licence", "mit"]) == 2
     assert "write NAME=TEXT" in capsys.readouterr().err
+    assert main(["export", "--run", "heads", root, "trainer.lr=3", "--out", str(tmp_path / "other")]) == 2
+    assert "trainer.lr=3" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
