@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from actors.recipes.base import Built, LossTally, Recipe, row
@@ -22,7 +23,7 @@ from actors.recipes.uniugg_pairs import to_kept
 from actors.recipes.uniugg_views import TRAINED, ViewJudge
 from configs import ConfigError
 from models.errors import WeightsError
-from models.uniugg.llm import CONVERSATION, GENERATION
+from models.uniugg.llm import CONVERSATION, GENERATION, UniuggLLM, predicted
 from models.uniugg.pipeline import Pipeline
 from models.uniugg.unified import LLM
 from services.contracts import Split
@@ -59,8 +60,9 @@ def evaluate(
             metrics, samples = metrics | found, samples + pairs
         if CONVERSATION in judge.inputs:
             with events.span("conversations", split=split.value):
-                samples += _conversations(losses, judge, split, device)
                 models = {name: found[LLM].module for name, found in roles.items()}
+                seen, accuracy = _conversations(losses, models, judge, split, device)
+                samples, metrics = samples + seen, metrics | accuracy
                 metrics |= judge_answers(models, judge, album, split=split, device=device)
     if not samples:
         raise DataError(
@@ -106,17 +108,40 @@ def _loss_rows(losses: Mapping[str, Losses]) -> dict[str, dict[str, Any]]:
     return {TERMS[term]: row(value, before[term], BEFORE, "lower") for term, value in values.items()}
 
 
-def _conversations(losses: Mapping[str, Losses], judge: Feed, split: Split, device: str) -> int:
-    """Cross-entropy of what is answered in the split, questions and captions alike; returns the conversations."""
+def _conversations(
+    losses: Mapping[str, Losses], models: Mapping[str, nn.Module], judge: Feed, split: Split, device: str
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """What is answered in the split, questions and captions alike, token by token with the true tokens before it.
+
+    Adds the cross-entropy to ``losses``; returns the conversations, and the share of tokens that are guessed first.
+    """
     limit, size, seen = judge.config.evaluate.samples, judge.config.trainer.micro_batch, 0
     chosen = planned(judge, split, CONVERSATION, limit)
+    right, tokens = dict.fromkeys(models, 0), 0
     for batch, _ in load_samples(judge, chosen, split=split, batch_size=size):
         kept = to_kept(batch, device)
         seen += len(kept["weight"])
-        if len(kept["weight"]):
-            for tally in losses.values():
-                tally.update(kept)
-    return seen
+        if not len(kept["weight"]):
+            continue
+        for tally in losses.values():
+            tally.update(kept)
+        asked = predicted(kept)
+        tokens += int(asked.sum())
+        for name, module in models.items():
+            right[name] += _guessed(module, kept, asked, judge.config.recipe.uniugg.translation_scale)
+    if not tokens:
+        return seen, {}
+    share = {name: count / tokens for name, count in right.items()}
+    return seen, {"text/token_accuracy": row(share[TRAINED], share[BEFORE], BEFORE, "higher")}
+
+
+@torch.no_grad()
+def _guessed(module: nn.Module, batch: Mapping[str, Any], asked: Tensor, translation_scale: str) -> int:
+    """How many of the tokens that ``asked`` (B, L - 1) marks are the likeliest after what stands before them."""
+    assert isinstance(module, UniuggLLM), "the llm role is a UniUGG LLM"
+    hidden = module.hidden(module.embed(batch, translation_scale), batch["input_ids"])
+    likeliest = module.logits(hidden[:, :-1][asked]).argmax(-1)
+    return int((likeliest == batch["input_ids"][:, 1:][asked]).sum())
 
 
 def _generation(
