@@ -25,14 +25,16 @@ def parameter_groups(module: nn.Module, config: TrainerConfig, no_decay: Sequenc
     """The trained parameters by weight decay and by factor on the learning rate, kept under ``scale``.
 
     Parameters of one axis or whose name holds one of ``no_decay`` get no weight decay. The factor is that of the first
-    glob of ``trainer.lr_scale`` that fits the name. ConfigError for a glob that fits no parameter.
+    glob of ``trainer.lr_scale`` that fits the name. ConfigError for a glob that fits no parameter; one that fits frozen
+    ones alone has no effect, so that an ablation may freeze what a size gives a factor.
     """
     parameters = trainable(module)
-    unused = [glob for glob in config.lr_scale if not any(fnmatch.fnmatchcase(name, glob) for name in parameters)]
+    names = [name for name, _ in module.named_parameters()]
+    unused = [glob for glob in config.lr_scale if not any(fnmatch.fnmatchcase(name, glob) for name in names)]
     if unused:
         raise ConfigError(
-            f"trainer.lr_scale: {unused} fits none of the {len(parameters)} trained parameters, which begin with "
-            f"{sorted({name.split('.')[0] for name in parameters})}; in a run of several roles set it for one of them, "
+            f"trainer.lr_scale: {unused} fits none of the {len(names)} parameters, which begin with "
+            f"{sorted({name.split('.')[0] for name in names})}; in a run of several roles set it for one of them, "
             "under roles.<role>.trainer.lr_scale"
         )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.trainers.loop import Hooks
-from actors.trainers.optim import learning_rate
+from actors.trainers.optim import learning_rate, parameter_groups
 from configs import ConfigError
 from configs.schema import TrainerConfig
 from services.errors import NonFiniteError
@@ -100,8 +100,16 @@ def test_parameters_have_their_factor_on_the_learning_rate(toy: Any) -> None:
 
 
 def test_a_factor_that_fits_no_parameter_is_refused(toy: Any) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.lr_scale: \['encoder.*'\] fits none of the 4 trained parameters"):
+    with pytest.raises(ConfigError, match=r"trainer.lr_scale: \['encoder.*'\] fits none of the 4 parameters"):
         toy.loop(lr_scale={"head.*": 0.5, "encoder.*": 0.1})
+
+
+def test_a_factor_of_frozen_parameters_has_no_effect() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[1].requires_grad_(False)
+    groups = parameter_groups(module, TrainerConfig(lr_scale={"1.*": 0.2}), ("bias",))
+    assert [group["scale"] for group in groups] == [1.0, 1.0]
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
 
 
 def test_learning_rate_warms_up_and_falls_to_the_floor() -> None:
