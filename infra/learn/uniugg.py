@@ -56,12 +56,12 @@ GEOMETRY_ONLY = ("recipe.losses.semantic_tokens=0", "recipe.losses.semantic_summ
 
 #: Optimiser steps by recipe.
 STEPS = {
-    "uniugg_encoder": 2500,
-    "uniugg_vae": 1500,
+    "uniugg_encoder": 2000,
+    "uniugg_vae": 1000,
     "uniugg_align": 300,
-    "uniugg_joint": 1500,
-    "uniugg_finetune": 600,
-    "uniugg_direct": 1500,
+    "uniugg_joint": 1200,
+    "uniugg_finetune": 400,
+    "uniugg_direct": 1200,
 }
 
 
