@@ -41,6 +41,7 @@ VERBS = {
             "--json",
         ]
     ),
+    "export": ["--config", "--debug", "--licence", "--merge", "--out", "--run", "overrides"],
     "data make": ["--config", "--debug", "--out", "overrides"],
     "data index": ["--config", "--debug", "overrides"],
     "data check": ["--against", "--config", "--debug", "--out", "overrides"],
