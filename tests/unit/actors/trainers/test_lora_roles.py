@@ -55,7 +55,6 @@ def whole(module: nn.Module) -> set[str]:
         ("uniugg-llm-tiny", LLM_ROLE, "uniugg_joint", {"projector", "queries"}),
         ("uniugg-unet-tiny", DIFFUSION_ROLE, "uniugg_joint", {"conditioning"}),
         ("uniugg-direct-llm-tiny", DIRECT_ROLE, "uniugg_direct", {"projector", "queries", "head"}),
-        ("uniugg-llm-tiny", LLM_ROLE, "uniugg_align", {"projector"}),  # that stage trains the projector alone
     ],
 )
 def test_new_layers_stay_trained_whole(name: str, role: RoleSpec, recipe: str, heads: set[str]) -> None:
@@ -63,6 +62,11 @@ def test_new_layers_stay_trained_whole(name: str, role: RoleSpec, recipe: str, h
     assert whole(module) == heads
     networks = {parameter.split(".")[0] for parameter in trainable(module) if "lora_" in parameter}
     assert networks == {"unet" if role is DIFFUSION_ROLE else "language"}
+
+
+def test_what_the_recipe_names_is_trained_instead_of_the_new_layers() -> None:
+    config = configs.load(["recipe=uniugg_align", "peft=lora", "recipe.train.llm=['projector.*']"])
+    assert whole(adapted(config, LLM_ROLE, "uniugg-llm-tiny")) == {"projector"}
 
 
 def test_a_target_among_the_new_layers_does_not_freeze_them() -> None:
