@@ -58,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         loom3d("train", f"recipe={phase.recipe}", "size=tiny", f"storage.root={root}", *phase.overrides, *overrides)
         times[phase.run] = time.monotonic() - start
-    print("\n== a view that nobody took, and a question about it", flush=True)
+    print("\n== a view that nobody took, and what the model says of it", flush=True)
     last = root / "runs" / PHASES[-1].run
     imagined = root / "demo" / "imagined"
     loom3d("generate", "--run", str(last), *reference(last), "--yaw", "15", "--out", str(imagined))
+    loom3d("ask", "--run", str(last), *reference(last), "--imagine", "--yaw", "15", "--caption")
     faults = [fault for phase in PHASES for fault in check(root / "runs" / phase.run)]
     page = write_page(root, times, imagined, faults)
     print(f"\n{time.monotonic() - began:.0f} s. Open {page}")
