@@ -186,7 +186,7 @@ def test_what_a_backend_divides(backend: str, weights: float | None, gradients: 
 
 
 def test_only_what_is_trained_has_gradients_and_moments(tmp_path: Path) -> None:
-    align = preflight.plan(load(tmp_path, "recipe=uniugg_align")).steps["llm"]
+    align = preflight.plan(load(tmp_path, "recipe=uniugg_align", "recipe.train.llm=[projector.*]")).steps["llm"]
     projector = models.build("uniugg-llm-tiny").get_submodule("projector")
     assert align.trainable == sum(p.numel() for p in projector.parameters())
     assert align.kinds["conversation"].optimiser == 8 * align.trainable

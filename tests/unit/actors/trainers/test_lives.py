@@ -121,10 +121,12 @@ def test_an_interrupt_ends_all_groups(tmp_path: Path) -> None:
         raise PeerLostError("superseded")
 
     def interrupt() -> None:
+        import os
         import signal
 
         time.sleep(0.2)
-        signal.raise_signal(signal.SIGINT)
+        # To the process, as a terminal sends it: a signal to this thread alone would not wake the waiting one.
+        os.kill(os.getpid(), signal.SIGINT)
 
     groups = {role: (lambda role=role: group(role)) for role in ("llm", "diffusion")}
     threading.Thread(target=interrupt).start()
