@@ -17,6 +17,7 @@ from actors.trainers.lora import has_lora, save_updates
 from actors.trainers.roles import adapt, best_checkpoint, deciding_settings, read_settings
 from configs import ConfigError, RunConfig
 from configs.roles import role_config
+from models.encoders.uniugg import READS
 from models.pretrained import CONFIG, describe_pretrained, save_pretrained
 from services.contracts import Split
 from services.errors import ResumeError
@@ -180,7 +181,10 @@ def save_parts(recipe: Recipe, trained: Mapping[str, Built], folder: Path, step:
     for role, built in trained.items():
         for name, part in recipe.parts(role, built.module, built.settings).items():
             target = folder / "weights" / name
-            extra, tensors = {TRAINED_BY: _provenance(recipe, folder, step)}, None
+            extra: dict[str, Any] = {TRAINED_BY: _provenance(recipe, folder, step)}
+            tensors = None
+            if part.reads:
+                extra[READS] = part.reads
             if has_lora(part.module):
                 peft = role_config(recipe.config, role).peft
                 tensors, described = save_updates(target, part.module, built.spec, peft)

@@ -48,6 +48,9 @@ class Part:
     model: str
     """Name in the registry that builds the part alone."""
     settings: Mapping[str, Any]
+    reads: str = ""
+    """Digest of the weights of the frozen encoder whose outputs it was trained on; "" for none. Whoever puts the part
+    behind another encoder is told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,16 +82,18 @@ class VaeRecipe(Recipe):
         module.vae.calibrate_latents(_tokens(_first(feed, CALIBRATION_SAMPLES)))
 
     def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: ARG002
-        """``vae`` and ``spatial_decoder``."""
+        """``vae`` and ``spatial_decoder``, bound to the ViT whose tokens they know."""
         assert isinstance(module, LatentModel), "the recipe makes this model"
+        vit = self.config.encoders["vit"].digest
         size = self.config.model.name.rpartition("-")[2]
         decoder = "large" if size == "base" else size
         return {
-            "vae": Part(module=module.vae, model=f"spatial-vae-{size}", settings=settings["vae"]),
+            "vae": Part(module=module.vae, model=f"spatial-vae-{size}", settings=settings["vae"], reads=vit),
             "spatial_decoder": Part(
                 module=module.spatial_decoder,
                 model=f"uniugg-spatial-decoder-{decoder}",
                 settings=module.spatial_decoder.settings,
+                reads=vit,
             ),
         }
 
