@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -132,13 +134,27 @@ def _fit(
         ),
     )
     try:
-        result: Any = trainer.fit()
+        with _interrupts_kept():
+            result: Any = trainer.fit()
     except api.TrainingFailedError as error:
         raise _cause(role, error) from error
     refused = refusal.read(folder)
     if refused is not None:
         raise refused
     return RoleResult(**result.return_value)
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Ray Train takes Ctrl-C over in the main thread, for its controller, and does not give it back at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _scaling(role: str, spec: RoleConfig, fixed: int = 0) -> dict[str, Any]:

@@ -74,8 +74,6 @@ def local_environment(folder: Path, environment: dict[str, str]) -> dict[str, st
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # Workers here ask for no CPU, so Ray starts more of them than it has cores, and would warn of it each time.
-        "RAY_maximum_startup_concurrency": "8",
     }
     if "RAY_AUTH_MODE" not in environment:
         wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}

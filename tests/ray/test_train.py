@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from pathlib import Path
@@ -33,7 +34,9 @@ def inline(folder: Path) -> driver.RunResult:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_one_worker_is_bit_identical_to_inline(folder: Path, inline: driver.RunResult) -> None:
+    interrupt = signal.getsignal(signal.SIGINT)
     split = ray_run(folder, "name=one")
+    assert signal.getsignal(signal.SIGINT) is interrupt  # Ctrl-C is ours again while evaluating
     assert losses(split.folder) == losses(inline.folder)
     assert split.metrics == inline.metrics
     assert {path.stem for path in (split.folder / "events").glob("*.jsonl")} >= {"driver", "trainer-0"}

@@ -22,7 +22,7 @@ JOINT = "recipe=uniugg_joint"
         (["roles.llm.trainer.precision=fp8"], ["roles.llm.trainer.precision='fp8'", "float32, bfloat16"]),
         (["roles.llm.trainer.betas=[0.9]"], ["roles.llm.trainer.betas=[0.9] must be two numbers"]),
         (["roles.llm.trainer.lr_scale={head.*: -1}"], ["roles.llm.trainer.lr_scale.head.*=-1", "at least 0"]),
-        (["roles.llm.trainer.warmup_steps=1000"], ["roles.llm.trainer.warmup_steps=1000", "trainer.steps=110"]),
+        (["roles.llm.trainer.warmup_steps=1000"], ["roles.llm.trainer.warmup_steps=1000", "trainer.steps=80"]),
         (["roles.llm.targets=[q_proj]"], ["roles.llm.targets", "set roles.llm.peft=lora"]),
         (["roles.llm.backend=single", "cluster.roles.llm.workers=[2]"], ["roles.llm.backend=single", "one worker"]),
         (["roles.llm.backend=zero3", "roles.llm.trainer.ema=0.9"], ["zero3", "trainer.ema=0.9"]),
