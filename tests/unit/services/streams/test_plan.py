@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +25,7 @@ from services.errors import DataError
 from services.streams.permutation import Permutation, largest_remainder
 from services.streams.plan import EpochPlan, check_world_size, generator, micro_batch_kinds
 from services.streams.sampling import ViewSetSampler
-
-
-@dataclass(frozen=True)
-class Entry:
-    id: str
-    n_views: int
-    kind: str = "scene"
-    split: Split = Split.TRAIN
-    length: int = 0
-
-
-class Source:
-    """As much of a manifest as a plan reads."""
-
-    def __init__(self, name: str, entries: list[Entry]) -> None:
-        self.entries = entries
-        self.digest = f"digest of {name}"
-
-    def of_split(self, split: Split) -> list[Entry]:
-        return [entry for entry in self.entries if entry.split == split]
+from tests.unit.services.streams.small_plan import Entry, Source
 
 
 def scenes(name: str, views: list[int], split: Split = Split.TRAIN) -> Source:

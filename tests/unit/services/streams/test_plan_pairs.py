@@ -6,7 +6,6 @@ import dataclasses
 import pickle
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +19,7 @@ from services.data.pairs_scene import SceneFacts, ScenePairs
 from services.errors import DataError
 from services.streams.plan import EpochPlan
 from services.streams.sampling import needs_pairs, sampler
-
-
-@dataclass(frozen=True)
-class Entry:
-    id: str
-    n_views: int
-    kind: str = "scene"
-    split: Split = Split.TRAIN
-    length: int = 0
-
-
-class Source:
-    """As much of a manifest as a plan reads."""
-
-    def __init__(self, name: str, entries: list[Entry]) -> None:
-        self.entries = entries
-        self.digest = f"digest of {name}"
-
-    def of_split(self, split: Split) -> list[Entry]:
-        return [entry for entry in self.entries if entry.split == split]
+from tests.unit.services.streams.small_plan import Entry, Source
 
 
 def index_of(source: str, scenes: Mapping[str, list[tuple[int, int]]], key: str = "key") -> PairIndex:
