@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ COMMON = (
     "size=tiny",
     "cluster=inline",
     "logger=quiet",
-    "data.rooms.scenes=120",
+    "trainer.threads=1",
+    "data.rooms.scenes=240",
     "data.rooms.views=8",
     "evaluate.samples=200",
 )
@@ -57,8 +59,8 @@ GEOMETRY_ONLY = ("recipe.losses.semantic_tokens=0", "recipe.losses.semantic_summ
 #: Optimiser steps by recipe.
 STEPS = {
     "uniugg_encoder": 2000,
-    "uniugg_vae": 1000,
-    "uniugg_align": 300,
+    "uniugg_vae": 600,
+    "uniugg_align": 1000,
     "uniugg_joint": 1200,
     "uniugg_finetune": 400,
     "uniugg_direct": 1200,
@@ -155,9 +157,9 @@ def jobs(seeds: int, joint_seeds: int) -> list[Job]:
         job("p3", "finetune", "uniugg_finetune", 0, *joint_inputs(0, "", reads), *tuned),
     ]
     further = {seed: chain(seed) for seed in range(1, max(seeds, joint_seeds))}
-    found += [one for seed, made in further.items() if seed < seeds for one in made if one.phase != "p3"]
-    found += chain(0, kind="a", vit=TEACHER)
     found += chain(0, kind="b", encoder=GEOMETRY_ONLY)
+    found += chain(0, kind="a", vit=TEACHER)
+    found += [one for seed, made in further.items() if seed < seeds for one in made if one.phase != "p3"]
     found += [one for seed, made in further.items() if seed < joint_seeds for one in made if one.phase == "p3"]
     return found
 
@@ -172,21 +174,44 @@ def finished(one: Job, root: Path, command: Sequence[str]) -> bool:
     return True
 
 
-def train(one: Job, root: Path, command: Sequence[str], left_s: float) -> bool:
-    """Train and judge, going on from the newest checkpoint; False when the time was over before.
+def ready(one: Job, waiting: Sequence[Job]) -> bool:
+    """Whether no run is waiting, or under way, whose weights ``one`` reads."""
+    return not any(f"run:{other.name}/" in text for other in waiting for text in one.overrides)
 
-    SystemExit with the status of a run that fails.
+
+def train(todo: Sequence[tuple[Job, Sequence[str]]], root: Path, *, parallel: int, end: float) -> Iterator[Job]:
+    """Train and judge, ``parallel`` runs at a time and each from its newest checkpoint; yields those that are over.
+
+    A run starts when those are over whose weights it reads. At the time ``end`` (of the monotonic clock) what is
+    under way is stopped. SystemExit with the status of a run that fails.
     """
-    began = time.monotonic()
+    waiting = list(todo)
+    running: dict[subprocess.Popen[bytes], tuple[Job, Sequence[str], float]] = {}
     try:
-        done = subprocess.run([sys.executable, "-m", "actors", "train", *command], check=False, timeout=left_s)
-    except subprocess.TimeoutExpired:
-        return False
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    called = {"command": list(command), "seconds": round(time.monotonic() - began, 1)}
-    (root / "runs" / one.name / DONE).write_text(json.dumps(called, indent=1))
-    return True
+        while waiting or running:
+            pending = [one for one, _ in waiting] + [one for one, *_ in running.values()]
+            for one, command in list(waiting):
+                if len(running) < parallel and ready(one, pending):
+                    waiting.remove((one, command))
+                    print(f"== {one.name}: {one.recipe}", file=sys.stderr, flush=True)
+                    process = subprocess.Popen([sys.executable, "-m", "actors", "train", *command])
+                    running[process] = (one, command, time.monotonic())
+            for process, (one, command, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[process]
+                if process.returncode:
+                    raise SystemExit(process.returncode)
+                called = {"command": list(command), "seconds": round(time.monotonic() - began, 1)}
+                (root / "runs" / one.name / DONE).write_text(json.dumps(called, indent=1))
+                yield one
+            if time.monotonic() > end:
+                return
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.send_signal(signal.SIGINT)
+            process.wait()
 
 
 def collect(one: Job, root: Path, out: Path) -> None:
@@ -223,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="seeds of the first two phases")
     parser.add_argument("--joint-seeds", type=int, default=1, help="seeds of the third phase")
     parser.add_argument("--budget", type=float, default=120.0, help="minutes after which it stops; call again to go on")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run at all?")
     parser.add_argument("--lpips", default=_alexnet(), help="AlexNet trunk of LPIPS (folder or file); without it, PSNR")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -250,16 +276,22 @@ def _run(args: argparse.Namespace) -> None:
     names = [one.name for one in chosen]
     if unknown := [name for name in args.only if name not in names]:
         raise SystemExit(f"--only {unknown[0]}: no such run; there are: {', '.join(names)}")
-    for one in chosen:
-        if (args.phase and one.phase not in args.phase) or (args.only and one.name not in args.only):
-            continue
-        command = one.command(root, quick=args.quick, lpips=args.lpips)
-        if not finished(one, root, command):
-            print(f"== {one.name}: {one.recipe}", file=sys.stderr, flush=True)
-            if not train(one, root, command, max(1.0, end - time.monotonic())):
-                print(f"{args.budget:g} minutes are over; the same call goes on with {one.name}", file=sys.stderr)
-                return
+    wanted = [
+        one
+        for one in chosen
+        if (not args.phase or one.phase in args.phase) and (not args.only or one.name in args.only)
+    ]
+    commands = {one.name: one.command(root, quick=args.quick, lpips=args.lpips) for one in wanted}
+    done = [one for one in wanted if finished(one, root, commands[one.name])]
+    for one in done:
         collect(one, root, args.out)
+    todo = [(one, commands[one.name]) for one in wanted if one not in done]
+    for number, one in enumerate(train(todo, root, parallel=args.parallel, end=end), start=1):
+        collect(one, root, args.out)
+        print(f"== {one.name} is over, {len(todo) - number} left", file=sys.stderr, flush=True)
+        done.append(one)
+    if len(done) < len(wanted):
+        print(f"{args.budget:g} minutes are over; the same call goes on", file=sys.stderr)
 
 
 def _alexnet() -> str:

@@ -11,7 +11,7 @@ import pytest
 
 import configs
 from infra.learn import uniugg
-from infra.learn.uniugg import collect, finished, jobs, main
+from infra.learn.uniugg import collect, finished, jobs, main, ready, train
 from infra.learn.uniugg_claims import BINS, claims, markdown
 
 PARTS = {
@@ -43,6 +43,40 @@ def test_every_run_composes(one: uniugg.Job, tmp_path: Path) -> None:
     quick = configs.load(one.command(tmp_path, quick=True, lpips=""))
     assert quick.trainer.steps < 10
     assert quick.model == config.model
+
+
+def test_a_run_waits_for_those_that_it_reads() -> None:
+    by_name = {one.name: one for one in ALL}
+    encoder, vae, other = by_name["encoder-0"], by_name["vae-0"], by_name["encoder-1"]
+    assert not ready(vae, [encoder, vae])
+    assert ready(vae, [vae, other])
+    assert ready(other, [encoder, other])
+    assert ready(by_name["vae-1"], [encoder, by_name["encoder-b-0"]])
+
+
+def test_runs_go_side_by_side_in_order_and_stop_at_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[str] = []
+
+    class Finished:
+        def __init__(self, command: list[str]) -> None:
+            began.append(command[-1])
+            self.returncode = 7 if command[-1] == "encoder-b-0" else 0
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(uniugg.subprocess, "Popen", Finished)
+    chain = [one for one in ALL if one.seed == 0 and one.name in {"encoder-0", "vae-0", "align-0", "joint-0"}]
+    for one in ALL:
+        (tmp_path / "runs" / one.name).mkdir(parents=True)
+    over = train([(one, [one.name]) for one in chain[::-1]], tmp_path, parallel=2, end=float("inf"))
+    assert [one.name for one in over] == began
+    assert began.index("encoder-0") == 0
+    assert began[-1] == "joint-0"
+    assert finished(chain[0], tmp_path, [chain[0].name])
+    broken = next(one for one in ALL if one.name == "encoder-b-0")
+    with pytest.raises(SystemExit, match="7"):
+        list(train([(broken, [broken.name])], tmp_path, parallel=2, end=float("inf")))
 
 
 def test_the_teacher_of_the_ablation_is_that_of_the_first_phase(tmp_path: Path) -> None:
