@@ -211,7 +211,12 @@ def train(todo: Sequence[tuple[Job, Sequence[str]]], root: Path, *, parallel: in
     finally:
         for process in running:
             process.send_signal(signal.SIGINT)
-            process.wait()
+        for process in running:
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # started with the signal ignored, as a shell does behind "&"
+                process.kill()
+                process.wait()
 
 
 def collect(one: Job, root: Path, out: Path) -> None:
