@@ -10,6 +10,7 @@ from pathlib import Path
 
 from configs import ConfigError, RunConfig
 from models.encoders.weights import RANDOM, is_here, read_tensors, resolve_folder, tensor_digest
+from models.uniugg.diffusion import find_unet
 
 UNKNOWN = "unknown"
 _PACKAGES = ("loom3d", "torch", "transformers", "diffusers", "peft", "safetensors")
@@ -59,9 +60,7 @@ def _digest(place: str) -> str:
     if place == RANDOM or not is_here(place):
         return ""
     path = Path(place).expanduser()
-    folder = path if path.exists() else resolve_folder(place)
-    unet = folder / "diffusion_pytorch_model.safetensors"
-    return tensor_digest(read_tensors(unet if unet.is_file() else folder))
+    return tensor_digest(read_tensors(find_unet(place) or (path if path.exists() else resolve_folder(place))))
 
 
 def versions() -> dict[str, str]:

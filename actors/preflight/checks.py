@@ -70,8 +70,19 @@ _NEEDS: Mapping[str, tuple[str, str]] = {
 }
 
 
+#: Roles of a recipe -> the described cluster of GPUs that they fit at size=paper.
+EXAMPLES: Mapping[frozenset[str], str] = {
+    frozenset({"trainer"}): "mixed-gpus",
+    frozenset({"llm"}): "mixed-gpus-language",
+    frozenset({"llm", "diffusion"}): "mixed-gpus-joint",
+}
+
+
 def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_memory_gb: float) -> Iterator[str]:
     """Workers that need more memory than their node or their GPU has."""
+    example = EXAMPLES.get(frozenset(role.role for role in roles) - {"feature"})
+    no_gpus = example and not any(role.asks.get("GPU") for role in roles)
+    elsewhere = f", or describe other machines as cluster={example} does" if no_gpus else ""
     for node in nodes:
         offered = node.offers.get(MEMORY, 0.0)
         if offered and node.host_bytes > offered * GB:
@@ -79,6 +90,7 @@ def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_me
             yield (
                 f"node {node.name}: {inside} need about {node.host_bytes / GB:.1f} GB of memory, it has "
                 f"{offered:g} GB; lower trainer.micro_batch (with more accumulation), use fewer workers, or add memory"
+                f"{elsewhere}"
             )
     for role in roles:
         room = role.asks.get("GPU", 0.0) * gpu_memory_gb * GB

@@ -10,10 +10,9 @@ from actors.preflight.trained import is_there, missing_part, part_is_there, run_
 from configs.schema import RunConfig
 from models.encoders.uniugg import PARTS
 from models.encoders.weights import RANDOM, is_here, resolve_folder
+from models.uniugg.diffusion import UNET_FILE, find_unet, unet_file
 from services.errors import ModelError, WeightsError
 from services.streams.inputs import kind_inputs, recipe_roles, wanted_kinds
-
-UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 #: Recipes whose loss looks at pictures, with LPIPS where it has weights.
 _PAINTING = frozenset({"uniugg_encoder", "uniugg_vae"})
@@ -55,28 +54,25 @@ def _start(config: RunConfig, fetch: bool) -> Iterator[str]:
                 yield missing_part(key, weights, config)
         elif config.cluster.mode == "attach":
             continue
-        elif part == "unet":
-            if not (Path(weights).expanduser() / UNET_FILE).is_file():
-                yield (
-                    f"{key}={weights} is not there: give the folder `unet` of a diffusion model in diffusers' layout "
-                    f"(with {UNET_FILE}), or start at random with model.init.unet={RANDOM}"
-                )
-        elif reason := _unavailable(weights, fetch):
-            yield f"{key}={weights} is not on this machine{reason}: give a folder, or start at random: {key}={RANDOM}"
+        elif reason := _unavailable(part, weights, fetch):
+            what = "a diffusion model's folder in diffusers' layout" if part == "unet" else "a folder"
+            yield f"{key}={weights} is not on this machine{reason}: give {what}, or start at random: {key}={RANDOM}"
 
 
-def _unavailable(weights: str, fetch: bool) -> str:
+def _unavailable(part: str, weights: str, fetch: bool) -> str:
     """What is to be known about fetching weights that are not here; an empty text for those that are."""
-    if is_here(weights):
+    if find_unet(weights) if part == "unet" else is_here(weights):
         return ""
-    if Path(weights).is_absolute():
+    if Path(weights).expanduser().exists():
+        return f" (the folder holds no {UNET_FILE})"
+    if Path(weights).expanduser().is_absolute():
         return " (there is no such folder)"
     if not fetch:
         return ", and is fetched when the run starts where the hub can be reached"
     try:
-        resolve_folder(weights)
-    except WeightsError:
-        return " and cannot be fetched"
+        unet_file(weights) if part == "unet" else resolve_folder(weights)
+    except WeightsError as error:
+        return f" ({error})"
     return ""
 
 

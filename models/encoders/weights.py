@@ -33,43 +33,62 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_folder(weights: str) -> Path:
+#: What is fetched of a hub name: weights that unpickle nothing, settings, tokenizers.
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def resolve_folder(weights: str, files: Sequence[str] = FETCHED) -> Path:
     """A local folder, or the local snapshot of a hub name (downloaded when the hub may be reached).
 
-    WeightsError when it is neither; with HF_HUB_OFFLINE=1 nothing is ever downloaded.
+    ``files`` are globs of what is fetched. WeightsError when it is neither, with the command that fetches it on a
+    machine that can; with HF_HUB_OFFLINE=1 nothing is ever downloaded.
     """
     path = Path(weights).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or weights.startswith((".", "~")):
+    if _is_path(weights):
         raise WeightsError(f"weights {weights!r}: there is no such folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        found = snapshot_download(weights, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        found = snapshot_download(weights, allow_patterns=list(files))
     except (OSError, ValueError) as error:
+        globs = " ".join(f"--include '{glob}'" for glob in files)
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"weights {weights!r} are neither a local folder nor a hub name that can be had here ({error}). "
-            "Give the path of a folder with config.json and model.safetensors, or download it first, or "
-            "use weights=random"
+            f"weights {weights!r} are neither a local folder nor in the cache {constants.HF_HUB_CACHE}, and cannot be "
+            f"fetched here ({why}). Run `hf download {weights} {globs}` where the hub can be reached and bring its "
+            "cache here (HF_HUB_CACHE says where), or give the path of a folder that holds them, or use weights=random"
         ) from error
     return Path(found)
 
 
-def is_here(weights: str) -> bool:
-    """Whether ``weights`` (a folder, a file, a hub name) are on this machine, or random; nothing is downloaded."""
+def _is_path(weights: str) -> bool:
+    """Whether ``weights`` cannot be a hub name."""
+    return Path(weights).expanduser().is_absolute() or weights.startswith((".", "~"))
+
+
+def local_folder(weights: str) -> Path | None:
+    """The folder, or the snapshot that the cache holds of a hub name (of all its files or some); None without one.
+
+    Nothing is downloaded.
+    """
     path = Path(weights).expanduser()
-    if weights == RANDOM or path.exists():
-        return True
-    if path.is_absolute() or weights.startswith((".", "~")):
-        return False
+    if path.is_dir():
+        return path
+    if _is_path(weights):
+        return None
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(weights, local_files_only=True)
+        return Path(snapshot_download(weights, local_files_only=True))
     except (OSError, ValueError):
-        return False
-    return True
+        return None
+
+
+def is_here(weights: str) -> bool:
+    """Whether ``weights`` (a folder, a file, a hub name) are on this machine, or random; nothing is downloaded."""
+    return weights == RANDOM or Path(weights).expanduser().exists() or local_folder(weights) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import draws as random
+from models.encoders.weights import local_folder, read_tensors, resolve_folder
 from models.errors import ModelError, WeightsError
 from models.spec import Batch
 from models.uniugg.objectives import DiffusionObjective
@@ -222,17 +223,40 @@ def sample(
     return model.denormalise(z)
 
 
-def load_unet(model: ConditionedUNet, folder: str | Path) -> None:
-    """Load the UNet of a diffusers folder (Stable Diffusion's ``unet``); WeightsError lists what does not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+_UNET = "unet"
+"""Folder of the UNet in a whole diffusion model."""
 
-    path = Path(folder).expanduser() / "diffusion_pytorch_model.safetensors"
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}; give a folder `unet` in diffusers' layout") from error
-    own = model.unet.state_dict()
+
+def find_unet(weights: str | Path) -> Path | None:
+    """The stored UNet, where it is on this machine: nothing is downloaded.
+
+    ``weights`` is diffusers' folder of a UNet, or of a whole diffusion model (Stable Diffusion), which may be given by
+    its hub name.
+    """
+    folder = local_folder(str(weights))
+    places = () if folder is None else (folder / UNET_FILE, folder / _UNET / UNET_FILE)
+    return next((place for place in places if place.is_file()), None)
+
+
+def unet_file(weights: str | Path) -> Path:
+    """:func:`find_unet`, fetched where the hub can be reached. WeightsError says what is to be put where."""
+    found = find_unet(weights)
+    if found is None:
+        folder = resolve_folder(str(weights), (f"{_UNET}/config.json", f"{_UNET}/{UNET_FILE}"))
+        found = find_unet(folder)
+        if found is None:
+            raise WeightsError(
+                f"{folder} holds neither {UNET_FILE} nor {_UNET}/{UNET_FILE}; give a UNet in diffusers' layout, as "
+                "safetensors"
+            )
+    return found
+
+
+def load_unet(model: ConditionedUNet, weights: str | Path) -> None:
+    """Load the UNet of :func:`unet_file`; WeightsError lists what does not fit."""
+    path = unet_file(weights)
+    stored, own = read_tensors(path), model.unet.state_dict()
     missing, left = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     wrong = sorted(n for n in own.keys() & stored.keys() if own[n].shape != stored[n].shape)
     if missing or left or wrong:

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import configs
 import models
 from actors import preflight
+from actors.preflight import checks
 from actors.preflight.batches import Lengths, fake_batch
-from actors.preflight.checks import data_problems
+from actors.preflight.checks import EXAMPLES, data_problems
 from actors.preflight.encoders import encoder_costs
 from actors.preflight.fake import building
 from actors.preflight.memory import spread, step_cost
@@ -29,10 +30,12 @@ from configs.validate import RECIPES, ROLES
 from models.pretrained import save_pretrained
 from models.registry import spec
 from models.spec import RoleSpec, TensorSpec
+from models.uniugg.diffusion import UNET_FILE
 from models.uniugg.objectives import LanguageObjective
 from services.errors import PlacementError
+from tests.support.hub import empty_cache, snapshot
 
-UNIUGG = RECIPES[1:]
+UNIUGG = [recipe for recipe in RECIPES if recipe.startswith("uniugg_")]
 
 
 def load(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -67,6 +70,38 @@ def test_every_recipe_is_planned_before_anything_was_trained(recipe: str, size: 
     for word in (*ROLES[recipe], *plan.cache.encoders, *plan.missing):
         assert word in text
     assert not list(tmp_path.iterdir()), "planning writes nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", UNIUGG)
+def test_the_paper_s_sizes_fit_the_cluster_that_is_named_for_them(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine they do not, which is said with that name."""
+    example = EXAMPLES[frozenset(ROLES[recipe])]
+    too_large = preflight.plan(load(tmp_path, f"recipe={recipe}", "size=paper"))
+    assert any(f"describe other machines as cluster={example} does" in problem for problem in too_large.problems)
+    monkeypatch.setattr(checks, "file_system", lambda path: "lustre" if path.is_relative_to(tmp_path) else "xfs")
+    config = load(tmp_path, f"recipe={recipe}", "size=paper", f"cluster={example}", "cache.root=/mnt/nvme/loom3d")
+    plan = preflight.plan(config)
+    assert plan.fits, plan.problems
+    assert all(role.device_bytes > 0 for role in plan.roles)
+
+
+def test_public_weights_are_found_in_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UNet by the name of its pipeline; until it is there, the plan says so and the start says how to have it."""
+    cache, name = empty_cache(monkeypatch, tmp_path / "hub"), "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config = load(tmp_path, "recipe=uniugg_joint", f"model.init.unet={name}")
+    costs = encoder_costs(config)
+    (line,) = [line for line in missing(config, costs) if "unet" in line]
+    assert line.startswith(f"model.init.unet={name} is not on this machine, and is fetched when the run starts")
+    (line,) = [line for line in missing(config, costs, fetch=True) if "unet" in line]
+    assert f"hf download {name} --include 'unet/config.json'" in line
+    folder = snapshot(cache, name)
+    assert [line for line in missing(config, costs) if "unet" in line], "its other parts are not enough"
+    (folder / "unet").mkdir()
+    (folder / "unet" / UNET_FILE).write_bytes(b"")
+    assert not [line for line in missing(config, costs) if "unet" in line]
 
 
 @pytest.mark.slow
@@ -260,6 +295,7 @@ def test_parts_that_are_there_decide_shapes(tmp_path: Path) -> None:
     [
         (["recipe=uniugg_align", "data.text.tokenizer=/no/model"], ["data.text.tokenizer=/no/model", "bytes"]),
         (["recipe=uniugg_joint", "model.init.unet=/no/unet"], ["model.init.unet=/no/unet", "diffusers' layout"]),
+        (["recipe=uniugg_joint", "model.init.unet=/"], ["model.init.unet=/ is", "diffusion_pytorch_model.safetensors"]),
         (["recipe=uniugg_align", "model.init.language=/no/qwen"], ["model.init.language=/no/qwen", "no such folder"]),
         (["recipe=uniugg_vae", "recipe.uniugg.lpips_weights=/no/alex"], ["recipe.uniugg.lpips_weights=/no/alex"]),
         (["recipe=uniugg_vae", "evaluate.lpips_weights=/no/alex"], ["evaluate.lpips_weights=/no/alex"]),

@@ -265,7 +265,7 @@ def test_unknown_families_and_places_are_refused(tmp_path):
         load_encoder("dinov9", "random", height=14, width=14)
     with pytest.raises(WeightsError, match="there is no such folder"):
         load_encoder("dinov2", str(tmp_path / "nowhere"), height=14, width=14)
-    with pytest.raises(WeightsError, match="neither a local folder nor a hub name"):
+    with pytest.raises(WeightsError, match="neither a local folder nor in the cache"):
         load_encoder("dinov2", "nobody/nothing-at-all", height=14, width=14)
     with pytest.raises(ModelError, match="for weights=random only"):
         load_encoder("dinov2", str(tmp_path), arch={"hidden_size": 8}, height=14, width=14)

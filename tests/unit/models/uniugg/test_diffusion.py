@@ -11,8 +11,18 @@ import torch
 import models
 from models import draws
 from models.errors import ModelError, WeightsError
-from models.uniugg.diffusion import ConditionedUNet, NoisePrediction, alphas_cumprod, load_unet, noise_loss, sample
+from models.uniugg.diffusion import (
+    UNET_FILE,
+    ConditionedUNet,
+    NoisePrediction,
+    alphas_cumprod,
+    find_unet,
+    load_unet,
+    noise_loss,
+    sample,
+)
 from models.uniugg.objectives import DiffusionObjective
+from tests.support.hub import empty_cache, snapshot
 from tests.support.uniugg_batches import generation
 
 PLAIN = DiffusionObjective(latent="sample", condition_dropout=0.0, min_snr=0.0, offset_noise=0.0)
@@ -177,5 +187,31 @@ def test_weights_of_stable_diffusion_s_unet(tmp_path: Any):
         assert torch.equal(target.unet.state_dict()[name], tensor)
     with pytest.raises(WeightsError, match=r"missing \['down_blocks"):
         load_unet(build(unet={**UNET, "layers_per_block": 2}), tmp_path / "unet")
-    with pytest.raises(WeightsError, match="diffusers' layout"):
+    with pytest.raises(WeightsError, match="there is no such folder"):
         load_unet(target, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="diffusers' layout"):
+        load_unet(target, tmp_path / "empty")
+
+
+def test_a_unet_of_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Any):
+    """Of Stable Diffusion's many files only the UNet's two are fetched, and the cache is enough without a network."""
+    cache, name = empty_cache(monkeypatch, tmp_path), "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert find_unet(name) is None
+    with pytest.raises(WeightsError) as refused:
+        load_unet(build(), name)
+    for word in (f"hf download {name}", "'unet/config.json'", f"'unet/{UNET_FILE}'", str(cache)):
+        assert word in str(refused.value)
+    folder = snapshot(cache, name)
+    assert find_unet(name) is None, "of the pipeline's other parts alone no UNet can be had"
+    with pytest.raises(WeightsError, match=f"holds neither {UNET_FILE} nor unet/{UNET_FILE}"):
+        load_unet(build(), name)
+    torch.manual_seed(1)
+    source, target = build(), build()
+    source.unet.save_pretrained(folder / "unet")
+    with torch.no_grad():
+        target.unet.conv_in.weight.add_(1.0)
+    load_unet(target, name)
+    assert find_unet(name) == find_unet(folder / "unet") == folder / "unet" / UNET_FILE
+    for key, tensor in source.unet.state_dict().items():
+        assert torch.equal(target.unet.state_dict()[key], tensor)
