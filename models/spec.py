@@ -79,6 +79,8 @@ class RoleSpec:
     """Kinds of micro-batch that this role takes part in; () is all of them."""
     no_decay: tuple[str, ...] = ("bias", "norm")
     """Substrings of parameter names that get no weight decay."""
+    unclipped: tuple[str, ...] = ()
+    """Globs of parameters (of a probe) whose gradient is neither part of the norm that is clipped nor scaled by it."""
     lora_targets: tuple[str, ...] = ()
     """Last parts of the names of the layers that get a low-rank update, where a run asks for such."""
     heads: tuple[str, ...] = ()
