@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,30 +15,62 @@ Rotate = Callable[[Tensor], Tensor]
 """Turns queries and keys (B, heads, N, head width) by their positions, e.g. rotary embeddings."""
 
 
+RMS_EPS = torch.finfo(torch.float32).eps
+"""What torch's RMSNorm adds in float32 where nothing is said; fixed, so that other dtypes add the same."""
+
+
+def head_norm(kind: bool | str, width: int) -> nn.Module:
+    """The norm of queries or keys of one head: ``layernorm`` (or True), ``rmsnorm`` (no bias), or False for none."""
+    if not kind:
+        return nn.Identity()
+    if kind is True or kind == "layernorm":
+        return nn.LayerNorm(width)
+    if kind == "rmsnorm":
+        return nn.RMSNorm(width, eps=RMS_EPS)
+    raise ModelError(f"attention: qk_norm={kind!r}; allowed are layernorm, rmsnorm, true and false")
+
+
 class Attention(nn.Module):
     """Self-attention of ``heads`` heads over tokens (B, N, width).
 
-    ``qk_norm`` normalises queries and keys per head before they meet, which keeps the logits bounded.
+    ``qk_norm`` normalises queries and keys per head before they meet, which keeps the logits bounded; see
+    :func:`head_norm`.
     """
 
-    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, qk_norm: bool | str = False) -> None:
         super().__init__()
         if width % heads:
             raise ModelError(f"attention: width {width} is not divisible by {heads} heads")
         self.heads = heads
         self.qkv = Linear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = head_norm(qk_norm, width // heads)
+        self.k_norm = head_norm(qk_norm, width // heads)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, *, rotate: Rotate | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, N, width) -> (B, N, width). ``mask`` broadcasts to (B, heads, N, N); True (or 0.0) lets through."""
+    def forward(
+        self, x: Tensor, *, rotate: Rotate | None = None, mask: Tensor | None = None, context: int = 0
+    ) -> Tensor:
+        """(B, N, width) -> (B, N, width). ``mask`` broadcasts to (B, heads, N, N); True (or 0.0) lets through.
+
+        With ``context`` the first so many tokens read each other only, and the others read all: the same as a mask,
+        as two calls without one.
+        """
+        assert mask is None or not context, "a mask or a context, not both"
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
+        if context:
+            return self.proj(_context_first(q, k, v, context).flatten(2))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def _context_first(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
+    """Queries, keys and values (B, heads, N, width) -> (B, N, heads, width); see :meth:`Attention.forward`."""
+    among = F.scaled_dot_product_attention(q[:, :, :context], k[:, :, :context], v[:, :, :context])
+    beyond = F.scaled_dot_product_attention(q[:, :, context:], k, v)
+    return torch.cat([among.transpose(1, 2), beyond.transpose(1, 2)], dim=1)
 
 
 class CrossAttention(nn.Module):

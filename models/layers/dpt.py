@@ -94,16 +94,21 @@ class DPTHead(DPTTrunk):
 
 
 class ResidualUnit(nn.Module):
-    """Two 3x3 convolutions, each behind a ReLU, around a skip connection (the pre-activation residual unit)."""
+    """Two 3x3 convolutions, each behind a ReLU, around a skip connection (the pre-activation residual unit).
 
-    def __init__(self, width: int) -> None:
+    With ``rectified_skip`` the skip connection carries relu(x), as in networks whose first ReLU works in place.
+    """
+
+    def __init__(self, width: int, *, rectified_skip: bool = False) -> None:
         super().__init__()
+        self.rectified_skip = rectified_skip
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) -> the same shape."""
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        active = F.relu(x)
+        return (active if self.rectified_skip else x) + self.conv2(F.relu(self.conv1(active)))
 
 
 class Fusion(nn.Module):

@@ -34,22 +34,32 @@ class Rope2d(nn.Module):
         self.width, self.base = width, base
         self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-        """A function that turns queries or keys (..., N, width) of tokens, row by row of ``grid`` (rows, columns)."""
+    def forward(
+        self, grid: tuple[int, int], *, prefix: int = 0, first: int = 0, views: int = 1
+    ) -> Callable[[Tensor], Tensor]:
+        """A function that turns queries or keys (..., N, width) of tokens, row by row of ``grid`` (rows, columns).
+
+        ``prefix`` tokens before the grid do not turn, the grid's rows and columns count from ``first``, and N is
+        ``views`` such sequences one behind the other.
+        """
 
         def rotate(x: Tensor) -> Tensor:
-            cosine, sine = self.tables(grid, x.device, x.dtype)
-            return _Rotate.apply(x, cosine, sine)
+            cosine, sine = self.tables(grid, x.device, x.dtype, prefix=prefix, first=first)
+            if views == 1:
+                return _Rotate.apply(x, cosine, sine)
+            return _Rotate.apply(x.unflatten(-2, (views, -1)), cosine, sine).flatten(-3, -2)
 
         return rotate
 
-    def tables(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (N, 2, width / 4): token, axis (row, column), pair."""
-        key = (*grid, device, dtype)
+    def tables(
+        self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype, *, prefix: int = 0, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (prefix + N, 2, width / 4): token, axis (row, column), pair."""
+        key = (*grid, prefix, first, device, dtype)
         if key not in self._tables:
             # Tables of a first call in inference mode must serve a training step as well.
             with torch.inference_mode(mode=False), torch.no_grad():
-                cosine, sine = rope_tables(grid, self.width, self.base, device)
+                cosine, sine = rope_tables(grid, self.width, self.base, device, prefix=prefix, first=first)
                 self._tables[key] = (cosine.to(dtype), sine.to(dtype))
         return self._tables[key]
 
@@ -58,15 +68,25 @@ class Rope2d(nn.Module):
 
 
 def rope_tables(
-    grid: tuple[int, int], width: int, base: float, device: torch.device | str | None = None
+    grid: tuple[int, int],
+    width: int,
+    base: float,
+    device: torch.device | str | None = None,
+    *,
+    prefix: int = 0,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 (N, 2, width / 4), of the tokens of ``grid`` (rows, columns) taken row by row."""
+    """Cosine and sine, float32 (prefix + N, 2, width / 4), of the tokens of ``grid`` (rows, columns) row by row.
+
+    ``prefix`` tokens at position (0, 0) come before; rows and columns count from ``first``.
+    """
     rows, columns = grid
     pairs = torch.arange(0, width // 2, 2, dtype=torch.float32, device=device)
     frequency = base ** (-pairs / (width // 2))
-    row = torch.arange(rows, dtype=torch.float32, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, dtype=torch.float32, device=device).repeat(rows)
-    angle = torch.stack([row, column], dim=-1)[..., None] * frequency
+    row = torch.arange(first, first + rows, dtype=torch.float32, device=device).repeat_interleave(columns)
+    column = torch.arange(first, first + columns, dtype=torch.float32, device=device).repeat(rows)
+    position = torch.cat([row.new_zeros(prefix, 2), torch.stack([row, column], dim=-1)])
+    angle = position[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -80,6 +100,11 @@ def apply_rotation(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     torch.mul(first, cosine, out=turned.select(-2, 0)).addcmul_(second, sine, value=-1)
     torch.mul(second, cosine, out=turned.select(-2, 1)).addcmul_(first, sine)
     return out
+
+
+def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """:func:`apply_rotation` with gradients; the tables, of any dtype, are taken in that of ``x``."""
+    return _Rotate.apply(x, cosine.to(x.dtype), sine.to(x.dtype))
 
 
 class _Rotate(torch.autograd.Function):

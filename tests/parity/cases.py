@@ -186,5 +186,64 @@ def _at(view: Tensors, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return view["desc"].flatten(1, 2).gather(1, index), view["desc_conf"].flatten(1).gather(1, flat)
 
 
+# VGGT -----------------------------------------------------------------------------------------------------------------
+
+
+def _vggt(meta: Meta) -> nn.Module:
+    return vggt_from_config(meta["config"])
+
+
+def vggt_from_config(config: Mapping[str, Any]) -> nn.Module:
+    """What no configuration names is as in VGGT's own code."""
+    from models.encoders.vggt import Vggt
+
+    camera, dpt = config.get("camera_head", {}), config.get("dpt", {})
+    return Vggt(
+        width=config["embed_dim"],
+        heads=config["num_heads"],
+        depth=config["depth"],
+        vit_depth=config["vit_depth"],
+        patch=config.get("patch_size", 14),
+        image_size=config.get("image_size", 518),
+        registers=config.get("num_register_tokens", 4),
+        camera_depth=camera.get("trunk_depth", 4),
+        camera_heads=camera.get("num_heads", config["num_heads"]),
+        iterations=camera.get("iterations", 4),
+        dpt_layers=dpt.get("layers", (4, 11, 17, 23)),
+        dpt_levels=dpt.get("out_channels", (256, 512, 1024, 1024)),
+        dpt_features=dpt.get("features", 256),
+        mlp_ratio=config.get("mlp_ratio", 4),
+        rope_base=config.get("rope_freq", 100),
+        qk_norm=config.get("qk_norm_global", config.get("qk_norm", "layernorm")),
+    )
+
+
+def _run_vggt(model: Any, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
+    from models.encoders.vggt import extrinsics_intrinsics, pose_encoding
+
+    images = inputs["images"]
+    size = (images.shape[-2], images.shape[-1])
+    out = model(images, keep=range(model.depth), points=True)
+    extrinsics, intrinsics = extrinsics_intrinsics(out.poses[-1], size)
+    outputs = {
+        **{f"agg{layer}": tokens for layer, tokens in out.kept.items()},
+        **{f"pose{number}": pose for number, pose in enumerate(out.poses)},
+        "vit_patchtokens": model.aggregator.patch_tokens(images.flatten(0, 1)),
+        "patch_start": torch.tensor(model.aggregator.prefix),
+        "extr": extrinsics,
+        "intr": intrinsics,
+        "depth": out.depth[..., None],
+        "depth_conf": out.depth_conf,
+        "points": out.points,
+        "points_conf": out.points_conf,
+        "loss": (out.kept[model.depth - 1].square().mean() + out.poses[-1].square().mean() + out.depth.mean()),
+    }
+    if "enc" in inputs:
+        extrinsics, intrinsics = extrinsics_intrinsics(inputs["enc"], size)
+        back = pose_encoding(extrinsics, intrinsics, size)
+        outputs |= {"enc_extr": extrinsics, "enc_intr": intrinsics, "enc_back": back}
+    return outputs
+
+
 #: ``config.model`` of a case -> how to build and run it.
-KINDS: dict[str, Kind] = {"mast3r": Kind(_mast3r, _run_mast3r)}
+KINDS: dict[str, Kind] = {"mast3r": Kind(_mast3r, _run_mast3r), "vggt": Kind(_vggt, _run_vggt)}
