@@ -2,7 +2,8 @@
 
 The language model and the diffusion are the run's own; the ViT and the VAE are those that its configuration names; the
 spatial decoder is the one that was trained together with the VAE, beside which it lies (of the direct variant, which
-has no VAE: the one trained with the ViT).
+has no VAE: the one trained with the ViT). A ViT of another family (RADIO, MASt3R's) is no part that a run wrote: it is
+built as the feature service builds it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,12 +29,15 @@ from models.uniugg.pipeline import PARTS, Pipeline
 from services.errors import DataError
 
 if TYPE_CHECKING:
+    from models.encoders.base import FrozenEncoder
     from services.streams.text import TextColumns
 
 IMAGINING = ("uniugg_joint", "uniugg_finetune", "uniugg_direct")
 """Recipes whose runs imagine views."""
 ANSWERING = ("uniugg_align", *IMAGINING)
 """Recipes whose runs answer questions."""
+_FAMILY: Mapping[str, str] = {"vit": "uniugg_vit", "vae": "uniugg_vae"}
+"""Encoder of the configuration -> family of the part that a run trains."""
 _LATENTS = ("latent_mean", "latent_scale")
 _DESCRIBING = ("recipe", "size")
 """Groups whose choice says which run is meant."""
@@ -93,7 +97,7 @@ def find_parts(
     given: Mapping[str, str | Path] | None = None,
     without: Collection[str] = (),
 ) -> dict[str, Path]:
-    """Name of each part (see :data:`models.uniugg.pipeline.PARTS`) -> its folder.
+    """Name of each part (see :data:`models.uniugg.pipeline.PARTS`) -> its folder. Encoders of other families have none.
 
     Args:
         config: of the run.
@@ -122,7 +126,7 @@ def find_parts(
         wanted += ["spatial_decoder"] if direct else ["spatial_decoder", "vae", "diffusion"]
     found: dict[str, Path] = {}
     for name in wanted:
-        if name in without:
+        if name in without or (name == "encoder" and name not in given and not _is_own_vit(config)):
             continue
         found[name] = _resolve(given[name], config) if name in given else places[name]()
         if not (found[name] / CONFIG).is_file():
@@ -132,6 +136,11 @@ def find_parts(
                 f"evaluated), or name its folder with --part {name}=FOLDER"
             )
     return found
+
+
+def _is_own_vit(config: RunConfig) -> bool:
+    """Whether the ViT is one that UniUGG trains; a run without any is none of these recipes, which is said later."""
+    return "vit" not in config.encoders or config.encoders["vit"].family == _FAMILY["vit"]
 
 
 def _trained_by(name: str, config: RunConfig) -> str:
@@ -145,14 +154,14 @@ def _trained_by(name: str, config: RunConfig) -> str:
 
 def _encoder(config: RunConfig, name: str) -> Path:
     """Folder of the trained part behind an encoder of the configuration."""
-    family = {"vit": "uniugg_vit", "vae": "uniugg_vae"}[name]
-    settings = config.encoders.get(name)
+    family, settings = _FAMILY[name], config.encoders.get(name)
     if settings is None:
         raise ConfigError(f"the run has no encoder {name!r} (encoders.{name}); it was not trained with one")
     if settings.family != family:
         raise ConfigError(
-            f"encoders.{name}.family={settings.family}: only views of a {family} can be turned into points; runs with "
-            "another encoder are judged by `loom3d train` and `loom3d evaluate`"
+            f"encoders.{name}.family={settings.family}: beside a {family} lies the spatial decoder that reads its "
+            "tokens, beside this one none; name one that was trained on them (recipe=uniugg_vae) with "
+            "--part spatial_decoder=FOLDER"
         )
     if settings.weights == "random":
         raise WeightsError(
@@ -170,12 +179,33 @@ def _resolve(place: str | Path, config: RunConfig) -> Path:
     return Path(text).expanduser().absolute()
 
 
-def _check_together(config: RunConfig, parts: Mapping[str, Path], given: Collection[str]) -> None:
-    """WeightsError when a part was trained on another ViT, or again after the run had used it (but for ``given``)."""
+def _other_vit(config: RunConfig) -> FrozenEncoder:
+    """The run's ViT of another family, with its weights. WeightsError when they are not here, or not the run's."""
+    from models.encoders.base import InputKind
+    from services.features.encode import build_encoder
+
+    found: Any = build_encoder("vit", config)
+    if found.input_kind is not InputKind.IMAGE:
+        raise ConfigError(
+            f"encoders.vit.family={config.encoders['vit'].family} reads {found.input_kind}s; a picture can be shown to "
+            "encoders of images only"
+        )
+    return found.load()
+
+
+def _check_together(
+    config: RunConfig, parts: Mapping[str, Path], given: Collection[str], vit: FrozenEncoder | None
+) -> None:
+    """WeightsError when a part was trained on another ViT, or again after the run had used it (but for ``given``).
+
+    ``vit`` is one that is no part.
+    """
     pinned = {"encoder": config.encoders["vit"].digest}
     if "vae" in config.encoders:
         pinned["vae"] = config.encoders["vae"].digest
     digests = {name: stored_digest(parts[name]) for name in ("encoder", "vae") if name in parts}
+    if vit is not None:
+        digests["encoder"] = str(vit.identity()["weights"])
     for name, digest in digests.items():
         if name not in given and pinned.get(name, digest) not in ("", digest):
             raise WeightsError(
@@ -227,8 +257,11 @@ def open_pipeline(
     modules = {name: part for name, part in (given or {}).items() if isinstance(part, nn.Module)}
     places = {name: part for name, part in (given or {}).items() if not isinstance(part, nn.Module)}
     found = find_parts(config, folder, imagine=imagine, given=places, without=modules)
-    _check_together(config, found, places)
+    other = None if "encoder" in {*found, *modules} else _other_vit(config)
+    _check_together(config, found, places, other)
     loaded = {name: load_pretrained(place) for name, place in found.items()} | modules
+    if other is not None:
+        loaded["encoder"] = other
     check_tokenizer(config, loaded["llm"], found.get("llm", folder))
     if "diffusion" in loaded and "vae" in loaded:
         check_latents(loaded["diffusion"], loaded["vae"])

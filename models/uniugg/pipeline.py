@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from models.encoders.base import FrozenEncoder
 from models.encoders.preprocess import crop_box
 from models.errors import ModelError, WeightsError
 from models.geometry.poses import inverse
@@ -31,13 +32,14 @@ from models.uniugg.scenes import PointCloud, Rendered, render, select_points
 from models.uniugg.spatial import SpatialDecoder
 from models.uniugg.vae import SpatialVae
 
-#: Name of a part -> what it must be. The last two may be missing: the direct variant has neither.
-PARTS: Mapping[str, type[nn.Module]] = {
-    "encoder": StudentViT,
-    "spatial_decoder": SpatialDecoder,
-    "llm": UniuggLLM,
-    "vae": SpatialVae,
-    "diffusion": ConditionedUNet,
+#: Name of a part -> what it must be. The last two may be missing: the direct variant has neither. The encoder may be
+#: one that no recipe trained, such as RADIO, where the other parts learned to read its tokens.
+PARTS: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "encoder": (StudentViT, FrozenEncoder),
+    "spatial_decoder": (SpatialDecoder,),
+    "llm": (UniuggLLM,),
+    "vae": (SpatialVae,),
+    "diffusion": (ConditionedUNet,),
 }
 
 
@@ -89,16 +91,17 @@ class Pipeline:
         imagines: bool = True,
         sees: bool = True,
     ) -> None:
-        for name, kind in PARTS.items():
-            if name in parts and not isinstance(parts[name], kind):
-                raise WeightsError(f"part {name!r} must be a {kind.__name__}, got a {type(parts[name]).__name__}")
+        for name, kinds in PARTS.items():
+            if name in parts and not isinstance(parts[name], kinds):
+                wanted_kind = " or ".join(kind.__name__ for kind in kinds)
+                raise WeightsError(f"part {name!r} must be a {wanted_kind}, got a {type(parts[name]).__name__}")
         wanted = needed(parts.get("llm"), imagines)
         missing = [name for name in wanted if name not in parts and (sees or name != "encoder")]
         if missing:
             wish = "imagine views" if imagines else "answer questions"
             raise WeightsError(f"to {wish}, the parts {missing} are missing; train them, or give their folders")
         modules: dict[str, Any] = {name: module.eval() for name, module in parts.items()}
-        self.encoder: StudentViT | None = modules.get("encoder")
+        self.encoder: StudentViT | FrozenEncoder | None = modules.get("encoder")
         self.spatial_decoder: SpatialDecoder | None = modules.get("spatial_decoder")
         self.llm: UniuggLLM = modules["llm"]
         self.vae: SpatialVae | None = modules.get("vae")
@@ -148,6 +151,9 @@ class Pipeline:
         """Pictures uint8 (B, H, W, 3) of ``size`` -> patch tokens (B, h, w, C)."""
         if self.encoder is None:
             raise WeightsError("this pipeline was opened without an encoder, for tokens; it sees no pictures")
+        if isinstance(self.encoder, FrozenEncoder):  # one that prepares pictures in its own way
+            prepared = [self.encoder.prepare(image, {}) for image in torch.as_tensor(images).cpu().numpy()]
+            return self.encoder.encode(prepared)["tokens"][:, -1].float()
         return self.encoder(normalise(torch.as_tensor(images).to(self.device))).tokens
 
     # -- imagining -------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import configs
 import models
@@ -15,7 +17,9 @@ from actors.parts import find_parts, open_pipeline, open_run
 from configs import ConfigError
 from models.errors import ModelError, WeightsError
 from models.uniugg.direct import DirectLLM
+from services.contracts import FeatureKey, FeatureRequest
 from services.errors import DataError
+from services.features.encode import Encoder, pin_weights
 from tests.support.uniugg_parts import make_run, save_part
 
 
@@ -153,10 +157,10 @@ def test_a_run_is_described_once(root: Path):
 
 
 def test_encoders_that_no_points_can_be_made_of(root: Path):
-    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    folder, config = open_run(str(root / "runs" / "uniugg_direct-tiny"))
     vit = config.encoders["vit"]
     for changed, said in (
-        (dataclasses.replace(vit, family="mast3r"), r"encoders\.vit\.family=mast3r"),
+        (dataclasses.replace(vit, family="mast3r"), r"encoders\.vit\.family=mast3r: .*--part spatial_decoder="),
         (dataclasses.replace(vit, weights="random"), r"encoders\.vit\.weights=random: nothing was trained"),
     ):
         with pytest.raises((ConfigError, WeightsError), match=said):
@@ -164,3 +168,43 @@ def test_encoders_that_no_points_can_be_made_of(root: Path):
     probe = configs.load([f"storage.root={root}"])
     with pytest.raises(ConfigError, match="recipe probe, which cannot answer questions"):
         open_pipeline(probe, imagine=False)
+
+
+#: Encoders of the paper's ablations (a) and (b), at tiny: 7 x 7 tokens of 96 channels, as the parts read.
+OTHERS = {
+    "radio": [
+        "encoders.vit.family=radio", "encoders.vit.weights=random",
+        "encoders.vit.arch={hidden_size: 96, num_hidden_layers: 2, num_attention_heads: 3, patch_size: 16,"
+        " max_img_size: 128, num_cls_tokens: 4, num_registers: 4, summary_idxs: [0, 1, 2]}",
+    ],
+    "mast3r": [
+        "encoders.vit.family=mast3r", "encoders.vit.weights=random",
+        "encoders.vit.arch={model: mast3r-tiny, encoder_width: 96, encoder_heads: 3, patch: 16}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_run_on_another_encoder_sees_what_it_was_trained_on(family: str, tmp_path: Path):
+    """The ablations' runs are used like others: pictures become the tokens that the service gave in training."""
+    folder, config = make_run(tmp_path, "uniugg_finetune", *OTHERS[family])
+    config = pin_weights(config)
+    pipeline = open_pipeline(config, folder=folder)
+    images = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), dtype=np.uint8)
+    served = Encoder("vit", config, device="cpu")
+    answers = served.encode(
+        [
+            FeatureRequest(key=FeatureKey(bytes(16)), sample_id=str(i), encoder="vit", pixels=p)
+            for i, p in enumerate(images)
+        ]
+    )
+    served.close()
+    wanted = torch.stack([torch.from_numpy(np.array(answer["tokens"].data)) for answer in answers])  # type: ignore[index]
+    torch.testing.assert_close(pipeline.see(images), wanted[:, 0].float(), atol=1e-5, rtol=1e-5)
+    K = torch.tensor([[80.0, 0, 55.5], [0, 80.0, 55.5], [0, 0, 1]])
+    made = pipeline.imagine(images[0], K, torch.eye(4)[None], steps=2, guidance=1.0)
+    assert made.target_points.shape == (1, 112, 112, 3)
+    assert pipeline.generate_text([[*pipeline.prompt[:3]]], None, max_new_tokens=2, stop=()), "it answers too"
+    other = dataclasses.replace(config.encoders["vit"], seed=5)
+    with pytest.raises(WeightsError, match=r"encoders\.vit .* is expected"):
+        open_pipeline(dataclasses.replace(config, encoders={**config.encoders, "vit": other}), folder=folder)
