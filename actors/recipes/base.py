@@ -215,6 +215,12 @@ def kept_rows(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
     return cut
 
 
+def to_kept(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The samples of weight above 0, on ``device``."""
+    kept = kept_rows(batch, batch["weight"] > 0)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
+
+
 def every_batch(
     feed: Feed, split: Split, kind: str | None = None
 ) -> Iterator[tuple[dict[str, Any], Sequence[PlanSample]]]:

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actors.recipes.base import Built, LossTally, Recipe, row
+from actors.recipes.base import Built, LossTally, Recipe, row, to_kept
 from actors.recipes.pictures import Album
 from actors.recipes.samples import load_samples, planned
 from actors.recipes.uniugg_answers import judge_answers
-from actors.recipes.uniugg_pairs import to_kept
 from actors.recipes.uniugg_views import TRAINED, ViewJudge
 from configs import ConfigError
 from models.errors import WeightsError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.recipes.base import Built, LossTally, Recipe, every_batch, kept_rows, row
+from actors.recipes.base import Built, LossTally, Recipe, every_batch, kept_rows, row, to_kept
 from actors.recipes.pictures import Album, colour_depth, hstack
 from actors.recipes.uniugg_video import judge_videos
 from models.metrics.depth import DepthMetrics
@@ -253,12 +253,6 @@ def _reconstruct(vae: SpatialVae, tokens: Tensor) -> Tensor:
 def loss_row(trained: LossTally, untrained: LossTally) -> dict[str, Any]:
     """The whole loss beside that of the network before training."""
     return row(trained.compute()["loss"], untrained.compute()["loss"], UNTRAINED, "lower")
-
-
-def to_kept(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """The samples of weight above 0, on ``device``."""
-    kept = kept_rows(batch, batch["weight"] > 0)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
 
 
 def _limited(feed: Feed, split: Split) -> Iterator[dict[str, Any]]:

@@ -291,7 +291,7 @@ class TrainLoop:
         culprits = [
             f"{name}: {why}" for part in self.link.exchange("culprits", loaded.step, mine) for name, why in part.items()
         ]
-        named = "; ".join(sorted(culprits)) or "no single sample; the sum of the batch overflowed"
+        named = "; ".join(sorted(culprits)) or self._nobody()
         if verdict.blame:
             named = f"of {' and '.join(verdict.blame)}; {named}"
         now = time.time()
@@ -307,6 +307,15 @@ class TrainLoop:
                 f"trainer.max_skipped_steps allows {self.config.max_skipped_steps}. Samples: {named}. "
                 "Look at them with `loom3d data show`, leave them out with data.quarantine, or lower trainer.lr"
             )
+
+    def _nobody(self) -> str:
+        """What is said where every sample alone is finite."""
+        if self.backend.sharded:
+            return (
+                "the loss of every single sample is finite; their gradients are not looked at one by one where the "
+                "backend shards the model; with backend=ddp they are"
+            )
+        return "no single sample; the sum of the batch overflowed"
 
     # -- between steps ---------------------------------------------------------------------------------------
 

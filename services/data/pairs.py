@@ -339,7 +339,7 @@ def _load_valid(path: Path, key: str) -> PairIndex | None:
     if not path.exists():
         return None
     try:
-        return PairIndex.load(path, key)
+        return _load_once(path, key, Stamp.of(path))
     except DataError as error:
         # It can be made again from the source, so a damaged file costs time and nothing else.
         _log.warning("%s", error)

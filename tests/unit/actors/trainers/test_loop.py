@@ -179,6 +179,14 @@ def test_a_gradient_alone_that_is_not_finite_is_found(toy: Any, caplog: pytest.L
     assert loop.state.skipped == 1
     assert "toy/0#3" in caplog.text
     assert "gradient of" in caplog.text
+    caplog.clear()
+    loop.backend.sharded = True  # as where a backward pass would mix the ranks' gradients
+    again = toy.step(1)
+    again.micro_batches[0].batch["scale"] = torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1])
+    with caplog.at_level(logging.WARNING, logger="loom3d"):
+        loop.train_step(again)
+    assert "the loss of every single sample is finite" in caplog.text
+    assert "backend=ddp" in caplog.text
 
 
 def test_broken_samples_reach_the_hook(toy: Any) -> None:
