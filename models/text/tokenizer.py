@@ -21,6 +21,11 @@ BYTES = "bytes"
 IMAGE_START, IMAGE, IMAGE_END = "<img>", "<|image|>", "</img>"
 RAY_START, RAYMAP, RAY_END = "<ray>", "<|raymap|>", "</ray>"
 SPECIAL_TOKENS = (IMAGE_START, IMAGE_END, IMAGE, RAY_START, RAY_END, RAYMAP)
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+VISION_TOKENS = (VISION_START, IMAGE_PAD, VISION_END)
+"""What Qwen's vision-language models write around an image and in the place of each of its tokens. Their tokenizers
+have them, and so has that of bytes; they are added to no other.
+"""
 
 _TURN_START, _TURN_END, _END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 #: ChatML. The generation marks tell transformers what an assistant wrote; nothing is said that was not given.
@@ -40,7 +45,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer ``name`` with all of :data:`SPECIAL_TOKENS`.
 
     Args:
-        name: "bytes" (265 entries; the id of a byte is its value), a local folder, or a hub name.
+        name: "bytes" (268 entries; the id of a byte is its value), a local folder, or a hub name.
 
     Raises:
         ModelError: It has no chat template, or no fast (Rust) implementation.
@@ -109,14 +114,14 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte of UTF-8, ids 0 to 255, then ChatML's three tokens and ours."""
+    """One token for each byte of UTF-8, ids 0 to 255, then ChatML's three tokens, ours and Qwen's for images."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(vocab={_letter(byte): byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    names = (_END, _TURN_START, _TURN_END, *SPECIAL_TOKENS)
+    names = (_END, _TURN_START, _TURN_END, *SPECIAL_TOKENS, *VISION_TOKENS)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

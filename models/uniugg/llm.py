@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
 from models.layers.block import Mlp
+from models.layers.supervision import token_cross_entropy
 from models.spec import Batch
 from models.uniugg.language import build_language
 from models.uniugg.raymap import RayQueries, median_depth, relative_pose
@@ -138,13 +138,10 @@ class UniuggLLM(nn.Module):
             )
 
     def _cross_entropy(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Weighted sum over supervised tokens; logits are computed at the positions that predict one, in float32."""
-        mask = predicted(batch)
-        weight = batch["weight"][:, None].expand_as(mask)[mask]
-        if not len(weight):
-            return 0.0 * self.logits(hidden[:1, 0]).sum()  # the head takes part
-        losses = F.cross_entropy(self.logits(hidden[:, :-1][mask]), batch["input_ids"][:, 1:][mask], reduction="none")
-        return (losses * weight).sum()
+        """Weighted sum over supervised tokens, in float32."""
+        rows, source = predicted(batch).nonzero(as_tuple=True)
+        labels, weight = batch["input_ids"][rows, source + 1], batch["weight"][rows]
+        return token_cross_entropy(self.language.get_output_embeddings(), hidden, rows, source, labels, weight)
 
     def _at_queries(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states at the queries, (B, h * w, width); zeros for a broken sample, which has none."""

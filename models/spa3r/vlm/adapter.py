@@ -104,7 +104,7 @@ class CrossAdapter(nn.Module):
 
         A sample without any latent keeps its tokens as they are.
         """
-        return visual + self.parts(visual, latents, valid)["update"].to(visual.dtype)
+        return visual + self.parts(visual, latents, valid)["update"]
 
     def parts(self, visual: Tensor, latents: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """What is computed on the way, by name: ``projected``, ``attended``, ``normed``, ``residual``, ``gate``

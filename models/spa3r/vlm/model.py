@@ -10,7 +10,7 @@ questions need a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,9 +101,10 @@ class Spa3VLM(nn.Module):
         if tokens is not None:
             placed, valid = tokens
             self._check_places(batch, valid)
-            if valid.any():
+            if bool(valid.any()):
                 images = {"image": _features(placed[valid])}
-            embeds = embeds + 0.0 * placed.sum()  # whoever has no image in this micro-batch takes part
+            else:  # the adapter takes part all the same
+                embeds = embeds + 0.0 * placed.sum()
         mask = None
         if packing.is_packed(segments):
             mask = packing.block_mask(segments, self.attention, embeds.dtype)
@@ -174,7 +175,7 @@ class Spa3VLM(nn.Module):
             latents = torch.zeros(size, 1, self.latent_channels, device=like.device, dtype=like.dtype)
             there = torch.zeros(size, 1, dtype=torch.bool, device=like.device)
         if isinstance(self.adapter, AppendAdapter):
-            tokens = torch.cat([visual, self.adapter(latents).to(visual.dtype)], dim=1)
+            tokens = torch.cat([visual, self.adapter(latents)], dim=1)
             return tokens, torch.cat([valid, there & valid.any(1, keepdim=True)], dim=1)
         whole = "latents_lengths" not in batch and "latents" in batch
         return self.adapter(visual, latents, None if whole else there), valid
@@ -265,5 +266,5 @@ def _features(tokens: Tensor) -> Any:
     """What the network's image-feature hook would give."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    merged: Sequence[Tensor] = (tokens,)
+    merged: Any = (tokens,)  # one tensor a picture, or all of them in one
     return BaseModelOutputWithPooling(pooler_output=merged)

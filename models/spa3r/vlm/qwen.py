@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.encoders.weights import read_json, resolve_folder, weight_files
 from models.errors import ModelError, WeightsError
@@ -42,7 +42,7 @@ def qwen_config(values: Mapping[str, Any], *, vocab_size: int, image_token_id: i
 
     given = copy.deepcopy({key: value for key, value in values.items() if key != "model_type"})
     try:
-        config = Qwen2_5_VLConfig(**given)
+        config: Any = Qwen2_5_VLConfig(**given)
     except (TypeError, ValueError) as error:
         raise ModelError(f"language: {dict(values)} is no config of Qwen2.5-VL: {error}") from error
     text, vision = config.text_config, config.vision_config
@@ -69,7 +69,7 @@ def build_qwen(config: Any, *, vision: bool, attention: str) -> Any:
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    made = copy.deepcopy(config)
+    made: Any = copy.deepcopy(config)
     if not vision:  # the class always builds a tower: the smallest there can be, and out with it
         small = made.vision_config
         small.depth, small.hidden_size, small.num_heads, small.intermediate_size, small.out_hidden_size = 0, 4, 1, 4, 4
@@ -131,7 +131,7 @@ def base_tensors(weights: str, *, vision: bool, text: bool = True) -> Iterator[t
 
 
 @torch.no_grad()
-def load_qwen(network: nn.Module, weights: str) -> None:
+def load_qwen(network: Any, weights: str) -> None:
     """Copy a folder (or hub name) into ``network``; every tensor must fit, but for a vision tower that it lacks.
 
     The vocabulary may be larger than the stored one: new entries start at the mean of the stored ones. WeightsError
@@ -139,7 +139,6 @@ def load_qwen(network: nn.Module, weights: str) -> None:
     """
     own = network.state_dict()
     vision = any(name.startswith(VISION) for name in own)
-    tied = bool(getattr(network.config, "tie_word_embeddings", False))  # type: ignore[union-attr]
     missing, left, wrong = set(own), list[str](), list[str]()
     for name, tensor in base_tensors(weights, vision=vision):
         if name not in own:
@@ -148,7 +147,7 @@ def load_qwen(network: nn.Module, weights: str) -> None:
         missing.discard(name)
         if not _fill(own[name], tensor):
             wrong.append(f"{name}: {tuple(tensor.shape)} instead of {tuple(own[name].shape)}")
-    if tied:
+    if network.config.tie_word_embeddings:
         missing.discard(f"{HEAD}weight")
     if missing or left or wrong:
         raise WeightsError(

@@ -94,7 +94,7 @@ def test_an_untrained_model_scores_what_it_scored_before_training(evaluation: Ma
     for name in (*pictures, "depth/abs_rel", "depth/delta1", "points/chamfer", "tokens/cosine"):
         assert metrics[name]["value"] == metrics[name]["also"][BEFORE], name
         assert metrics[name]["baseline_name"] == COPY
-    # Four tokens drawn out of 265 by a random network answer nothing; guessing from the training split does.
+    # Four tokens drawn out of 268 by a random network answer nothing; guessing from the training split does.
     answers = metrics[f"answers/vsibench, {ASKED}"]
     assert answers["value"] == answers["also"][BEFORE] < answers["baseline"]
     assert answers["baseline_name"] == BLIND

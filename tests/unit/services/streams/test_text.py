@@ -90,8 +90,8 @@ def test_the_length_that_is_allowed() -> None:
 
 
 def test_a_model_with_too_few_rows_is_refused() -> None:
-    TextColumns(run(), 1, vocab_size=265)
-    with pytest.raises(ModelError, match="ids go up to 264 but the language model has 256 embedding rows"):
+    TextColumns(run(), 1, vocab_size=268)
+    with pytest.raises(ModelError, match="ids go up to 267 but the language model has 256 embedding rows"):
         TextColumns(run(), 1, vocab_size=256)
 
 
