@@ -15,14 +15,19 @@ from configs import ConfigError
 from configs.schema import TrainerConfig
 
 
-def build_optimizer(module: nn.Module, config: TrainerConfig, no_decay: Sequence[str]) -> torch.optim.AdamW:
+def build_optimizer(
+    module: nn.Module, config: TrainerConfig, no_decay: Sequence[str], unclipped: Sequence[str] = ()
+) -> torch.optim.AdamW:
     """AdamW over the groups of :func:`parameter_groups`."""
-    groups = parameter_groups(module, config, no_decay)
+    groups = parameter_groups(module, config, no_decay, unclipped)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
-def parameter_groups(module: nn.Module, config: TrainerConfig, no_decay: Sequence[str]) -> list[dict[str, Any]]:
-    """The trained parameters by weight decay and by factor on the learning rate, kept under ``scale``.
+def parameter_groups(
+    module: nn.Module, config: TrainerConfig, no_decay: Sequence[str], unclipped: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay, by factor on the learning rate, kept under ``scale``, and by whether
+    they fit a glob of ``unclipped``, kept under ``clipped``.
 
     Parameters of one axis or whose name holds one of ``no_decay`` get no weight decay. The factor is that of the first
     glob of ``trainer.lr_scale`` that fits the name. ConfigError for a glob that fits no parameter; one that fits frozen
@@ -37,16 +42,27 @@ def parameter_groups(module: nn.Module, config: TrainerConfig, no_decay: Sequenc
             f"{sorted({name.split('.')[0] for name in names})}; in a run of several roles set it for one of them, "
             "under roles.<role>.trainer.lr_scale"
         )
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         exempt = parameter.ndim < 2 or any(part in name for part in no_decay)
-        groups.setdefault((_factor(name, config.lr_scale), exempt), []).append(parameter)
-    # The order does not depend on which parameter comes first: factor 1 and decay before the others.
+        key = (_factor(name, config.lr_scale), exempt, fits_any(name, unclipped))
+        groups.setdefault(key, []).append(parameter)
+    # The order does not depend on which parameter comes first: factor 1, decay and clipped before the others.
     order = sorted(groups, key=lambda key: (key[0] != 1.0, key))
     return [
-        {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay, "scale": key[0]}
-        for key in order
+        {
+            "params": groups[scale, exempt, free],
+            "weight_decay": 0.0 if exempt else config.weight_decay,
+            "scale": scale,
+            "clipped": not free,
+        }
+        for scale, exempt, free in order
     ]
+
+
+def fits_any(name: str, globs: Sequence[str]) -> bool:
+    """Whether a parameter's name fits one of the globs."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def _factor(name: str, scales: Mapping[str, float]) -> float:
@@ -72,9 +88,22 @@ def learning_rate(step: int, config: TrainerConfig) -> float:
     return config.lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Euclidean norm over all gradients, a scalar tensor; not finite if any gradient is not. Collective if sharded."""
-    return local(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]), full=True)
+def gradient_norm(parameters: Mapping[str, nn.Parameter], unclipped: Sequence[str] = ()) -> Tensor:
+    """Euclidean norm over the gradients of what fits no glob of ``unclipped``, a scalar tensor.
+
+    Not finite if any gradient is not, those that do not count in it as well. Collective if sharded.
+    """
+    counted, others = ([p.grad for p in part if p.grad is not None] for part in split(parameters, unclipped))
+    norm = local(torch.nn.utils.get_total_norm(counted), full=True)
+    return norm + 0 * local(torch.nn.utils.get_total_norm(others), full=True) if others else norm
+
+
+def split(
+    parameters: Mapping[str, nn.Parameter], unclipped: Sequence[str]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that fit no glob of ``unclipped``, and those that do."""
+    clipped = [p for name, p in parameters.items() if not fits_any(name, unclipped)]
+    return clipped, [p for name, p in parameters.items() if fits_any(name, unclipped)]
 
 
 def clip(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:

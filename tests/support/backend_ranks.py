@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def _unused(*_: Any, **__: Any) -> StepOutput:
 
 
 ROLE = RoleSpec(name="toy", step=_unused, counts=_unused, checkpointed=("Block",))
+FREE = ("condition.*",)
+"""What :data:`FREE_ROLE` leaves unclipped."""
+FREE_ROLE = replace(ROLE, unclipped=FREE)
 
 
 def inputs(step: int, micro: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
@@ -94,8 +98,13 @@ def micro_batches(module: nn.Module, backward: Any, kinds: str, window: int, ste
             backward(outputs.pop(op.micro).square().sum() / BATCH, ())
 
 
-def oracle(kinds: str, config: TrainerConfig = CONFIG, steps: int = STEPS) -> dict[str, Any]:
-    """The same steps by plain autograd and AdamW in one process: norms, weights and moments after each step."""
+def oracle(
+    kinds: str, config: TrainerConfig = CONFIG, steps: int = STEPS, unclipped: str = "nothing"
+) -> dict[str, Any]:
+    """The same steps by plain autograd and AdamW in one process: norms, weights and moments after each step.
+
+    Parameters whose name begins with ``unclipped`` are left out of the norm.
+    """
     module = TwoHeads()
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     decayed = {n for n, p in named.items() if p.ndim > 1}
@@ -117,14 +126,15 @@ def oracle(kinds: str, config: TrainerConfig = CONFIG, steps: int = STEPS) -> di
         total.backward()
         for parameter in named.values():  # one that took no part has a gradient of zero
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        norms.append(float(nn.utils.clip_grad_norm_(named.values(), config.clip_norm)))
+        counted = [p for n, p in named.items() if not n.startswith(unclipped)]
+        norms.append(float(nn.utils.clip_grad_norm_(counted, config.clip_norm)))
         adam.step()
         weights.append({n: p.detach().clone() for n, p in named.items()})
         moments.append({n: adam.state[p]["exp_avg"].clone() for n, p in named.items()})
     return {"norms": norms, "weights": weights, "moments": moments}
 
 
-def run_case(settings: BackendConfig, kinds: str, window: int) -> dict[str, Any]:
+def run_case(settings: BackendConfig, kinds: str, window: int, role: RoleSpec = ROLE) -> dict[str, Any]:
     """The steps with a backend, in a process of an initialised group; what :func:`oracle` gives."""
     from actors.trainers.backends import make_backend
 
@@ -134,7 +144,7 @@ def run_case(settings: BackendConfig, kinds: str, window: int) -> dict[str, Any]
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += backend.rank  # overwritten by rank 0's
-    module = backend.prepare(module, ROLE, CONFIG)
+    module = backend.prepare(module, role, CONFIG)
     norms, weights, moments, sums = [], [], [], []
     for step in range(STEPS):
         backend.zero_grad()

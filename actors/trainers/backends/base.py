@@ -42,13 +42,14 @@ class Backend(Protocol):
     def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Complete the gradients: their sum over the ranks, since losses are shares of the global mean already.
 
-        ``extra``, a float64 vector on CPU, is summed with them. Returns that sum and the norm of the whole gradient,
-        not finite if any gradient is not; both are equal on all ranks. The weights are not touched.
+        ``extra``, a float64 vector on CPU, is summed with them. Returns that sum and the norm of the gradient but for
+        parameters that the role leaves unclipped, not finite if any gradient (theirs too) is not; both are equal on
+        all ranks. The weights are not touched.
         """
 
     def update(self, rate: float, norm: Tensor, limit: float) -> None:
         """One optimiser step at learning rate ``rate`` (times ``trainer.lr_scale``), with the gradient of the last
-        :meth:`reduce` scaled down to norm ``limit`` (0: as it is).
+        :meth:`reduce` scaled down to norm ``limit`` (0: as it is), but for what the role leaves unclipped.
         """
 
     def exchange(self, message: Any) -> list[Any]:

@@ -49,7 +49,7 @@ class DdpBackend(SingleBackend):
         message = torch.cat([flat, extra.to(flat)])
         dist.all_reduce(message, group=self.group)
         scatter_gradients(message[: flat.numel()], parameters)
-        return message[flat.numel() :].double().cpu(), gradient_norm(parameters)
+        return message[flat.numel() :].double().cpu(), gradient_norm(self._parameters, self._unclipped)
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""

@@ -56,12 +56,11 @@ class Fsdp2Backend(DdpBackend):
 
     def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Sum ``extra``; the gradients were summed by every backward. Returns that sum, and the norm."""
-        parameters = list(self._parameters.values())
-        for parameter in parameters:
+        for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.world_size > 1:
             message = extra.to(self.device)
             dist.all_reduce(message, group=self.group)
             extra = message.cpu()
-        return extra, gradient_norm(parameters)
+        return extra, gradient_norm(self._parameters, self._unclipped)

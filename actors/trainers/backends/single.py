@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.trainers.backends.base import Edge, backward, flatten_gradients, scatter_gradients
-from actors.trainers.optim import build_optimizer, clip, gradient_norm, set_rate
+from actors.trainers.optim import build_optimizer, clip, gradient_norm, set_rate, split
 from actors.trainers.tensors import assign, local, saved_tensors, trainable, whole
 from configs.schema import TrainerConfig
 from models.spec import RoleSpec
@@ -26,12 +26,13 @@ class SingleBackend:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._parameters: dict[str, nn.Parameter] = {}
+        self._unclipped: Sequence[str] = ()
 
     def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
         """Put the module where it is trained and make its optimiser."""
         self._module = self._place(module, role)
-        self._parameters = trainable(self._module)
-        self._optimizer = build_optimizer(self._module, config, role.no_decay)
+        self._parameters, self._unclipped = trainable(self._module), role.unclipped
+        self._optimizer = build_optimizer(self._module, config, role.no_decay, role.unclipped)
         return self._module
 
     def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:  # noqa: ARG002  others shard by the role
@@ -52,12 +53,12 @@ class SingleBackend:
         """
         parameters = list(self._parameters.values())
         scatter_gradients(flatten_gradients(parameters), parameters)
-        return extra, gradient_norm(parameters)
+        return extra, gradient_norm(self._parameters, self._unclipped)
 
     def update(self, rate: float, norm: Tensor, limit: float) -> None:
         """Clip and step."""
         set_rate(self._optimizer, rate)
-        clip(list(self._parameters.values()), norm, limit)
+        clip(split(self._parameters, self._unclipped)[0], norm, limit)
         self._optimizer.step()
 
     def exchange(self, message: Any) -> list[Any]:

@@ -10,8 +10,10 @@ Pitfalls that were measured, and what is done about them here:
   forward pass: it is counted before each backward instead (:meth:`ZeroBackend.backward`).
 * Stage 3 adds onto the last step's gradient of a parameter that takes no part in a step's first micro-batch: the
   buffers are emptied at the start of each step (:meth:`ZeroBackend.zero_grad`).
-* It averages over ranks and micro-batches, and clips to 1 unless told otherwise: the loss is multiplied by the number
-  of ranks, nothing is divided by the number of micro-batches, clipping is always set.
+* It averages over ranks and micro-batches: the loss is multiplied by the number of ranks, and nothing is divided by the
+  number of micro-batches.
+* It clips all parameters by one norm, to 1 unless told otherwise: it is told not to, and :meth:`ZeroBackend.update`
+  clips, for a role may leave parameters unclipped.
 """
 
 from __future__ import annotations
@@ -67,14 +69,14 @@ class ZeroBackend(DdpBackend):
         self._parameters = trainable(self._module)
         engine, self._zero, *_ = deepspeed.initialize(
             model=self._module,
-            optimizer=build_optimizer(self._module, config, role.no_decay),
-            config=self._settings(config),
+            optimizer=build_optimizer(self._module, config, role.no_decay, role.unclipped),
+            config=self._settings(),
         )
         self._engine: Any = engine
         self._optimizer = self._zero.optimizer
         return self._module
 
-    def _settings(self, config: TrainerConfig) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         # Gradients are read between the last backward and the step, where an overlapped reduction may still run.
         zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False}
         if self.stage == 3:
@@ -87,7 +89,7 @@ class ZeroBackend(DdpBackend):
             "train_micro_batch_size_per_gpu": 1,  # required, of no effect: the loss is ours
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,  # a step may have any number of backward passes
-            "gradient_clipping": config.clip_norm,
+            "gradient_clipping": 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**12,
@@ -121,18 +123,34 @@ class ZeroBackend(DdpBackend):
         if not self._backwards:
             zero.independent_gradient_partition_epilogue()  # makes gradients of zero
         zero.finalize_gradient_accumulation_boundary()
-        parts = [part for group in zero.averaged_gradients.values() for part in group]
-        squares = torch.stack([part.double().square().sum() for part in parts]).sum()
-        message = torch.cat([squares[None], extra.to(squares)])
+        sums = [
+            torch.stack([part.double().square().sum() for part in parts]).sum() if parts else extra.new_zeros(())
+            for parts in self._gradients()
+        ]
+        message = torch.cat([torch.stack(sums).to(self.device), extra.to(self.device)])
         if self.world_size > 1:
             dist.all_reduce(message, group=self.group)
-        return message[1:].cpu(), message[0].sqrt().float()
+        clipped, others = message[:2]
+        # Where a gradient that does not count is not finite, the norm is not either.
+        return message[2:].cpu(), (clipped.sqrt() + 0 * others).float()
 
-    def update(self, rate: float, norm: Tensor, limit: float) -> None:  # noqa: ARG002  it measures the norm again
+    def update(self, rate: float, norm: Tensor, limit: float) -> None:
         """Clip and step."""
         set_rate(self._optimizer, rate)
-        self._zero.clip_grad = limit
+        if limit > 0:
+            torch._foreach_mul_(self._gradients()[0], torch.clamp(limit / (norm + 1e-6), max=1.0))
+        self._zero.clip_grad = 0.0
         self._zero.step()
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parts of the gradients on this rank: of those that are clipped, and of the others."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        # Stage 3 may cut a group of the optimiser in several.
+        groups: Mapping[int, int] = self._zero.sub_group_to_group_id if self.stage == 3 else {}
+        for index, parts in self._zero.averaged_gradients.items():
+            clipped = self._optimizer.param_groups[groups.get(index, index)]["clipped"]
+            found[0 if clipped else 1].extend(part for part in parts if part is not None)
+        return found
 
     # -- what a checkpoint holds -----------------------------------------------------------------------------
 

@@ -16,7 +16,17 @@ import torch
 from actors.trainers.backends import make_backend
 from configs import ConfigError
 from configs.schema import BackendConfig
-from tests.support.backend_ranks import STEPS, in_ranks, oracle, run_case
+from models.spec import RoleSpec
+from tests.support.backend_ranks import (
+    CONFIG,
+    FREE_ROLE,
+    ROLE,
+    STEPS,
+    WIDTH,
+    in_ranks,
+    oracle,
+    run_case,
+)
 
 ORDERS = ("gq", "qg", "gqgq", "qqgg")
 WINDOWS = (1, 2, 3)
@@ -32,18 +42,25 @@ BACKENDS = {
 }
 
 
-def run_cases(names: Sequence[str], cases: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def run_cases(names: Sequence[str], cases: Sequence[tuple[str, int]], role: RoleSpec = ROLE) -> dict[str, Any]:
     """All cases of all backends on this rank."""
     return {
-        f"{name}/{kinds}/{window}": run_case(BACKENDS[name], kinds, window) for name in names for kinds, window in cases
+        f"{name}/{kinds}/{window}": run_case(BACKENDS[name], kinds, window, role)
+        for name in names
+        for kinds, window in cases
     }
 
 
-def check(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[tuple[str, int]]) -> None:
+def check(
+    ranks: list[dict[str, Any]],
+    names: Sequence[str],
+    cases: Sequence[tuple[str, int]],
+    unclipped: str = "nothing",
+) -> None:
     """Rank 0 has the oracle's numbers, every rank the same norms."""
     for kinds, window in cases:
-        expected = oracle(kinds)
-        assert min(expected["norms"]) > 2  # so the limit of 0.3 matters
+        expected = oracle(kinds, unclipped=unclipped)
+        assert min(expected["norms"]) > (1 if unclipped != "nothing" else 2)  # so the limit of 0.3 matters
         for name in names:
             first = ranks[0][f"{name}/{kinds}/{window}"]
             assert first["norms"] == pytest.approx(expected["norms"], rel=1e-5), (name, kinds, window)
@@ -74,6 +91,55 @@ def test_single_and_groups_of_one_equal_autograd(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("ddp", "fsdp2"), ("zero2", "zero3")], ids="+".join)
 def test_two_ranks_equal_autograd(tmp_path: Path, names: tuple[str, ...]) -> None:
     check(in_ranks(run_cases, tmp_path, 2, names, FEW), names, FEW)
+
+
+@pytest.mark.parametrize(
+    ("names", "world"), [(("single", "fsdp2", "zero2", "zero3"), 1), (("ddp", "fsdp2", "zero2", "zero3"), 2)]
+)
+def test_what_a_role_leaves_unclipped_is_in_no_norm(tmp_path: Path, names: tuple[str, ...], world: int) -> None:
+    cases = [("gq", 1), ("qqgg", 2)]
+    check(in_ranks(_run_free, tmp_path, world, names, cases), names, cases, unclipped="condition")
+    for kinds, _ in cases:  # the test would not see a difference that is not there
+        assert oracle(kinds)["norms"] != pytest.approx(oracle(kinds, unclipped="condition")["norms"], rel=0.05)
+
+
+def _run_free(names: Sequence[str], cases: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    return run_cases(names, cases, FREE_ROLE)
+
+
+class Apart(torch.nn.Module):
+    """Two layers that share nothing, so that a NaN in one leaves the other's gradient alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = torch.nn.Linear(WIDTH, 3)
+        self.condition = torch.nn.Linear(WIDTH, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.answer(x), self.condition(x)
+
+
+def _norm_beside_a_nan(names: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        for factor in (1.0, float("nan")):
+            backend = make_backend(BACKENDS[name], "cpu")
+            module = backend.prepare(Apart(), FREE_ROLE, CONFIG)
+            backend.zero_grad()
+            answer, condition = module(torch.ones(2, WIDTH))
+            share = factor if backend.rank == backend.world_size - 1 else 1.0
+            backend.backward(answer.sum() + share * condition.sum())
+            found[f"{name}/{factor}"] = backend.reduce(torch.zeros(1, dtype=torch.float64))[1]
+    return found
+
+
+@pytest.mark.parametrize("names", [("ddp", "fsdp2"), ("zero2", "zero3")], ids="+".join)
+def test_the_norm_tells_of_a_nan_in_what_is_unclipped(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for rank in in_ranks(_norm_beside_a_nan, tmp_path, 2, names):
+        for name in names:
+            # Of the answer alone: 3 rows of 6 weights and 3 biases, each 2 samples on 2 ranks.
+            assert float(rank[f"{name}/1.0"]) == pytest.approx(4 * (3 * (WIDTH + 1)) ** 0.5, rel=1e-6)
+            assert not torch.isfinite(rank[f"{name}/nan"])
 
 
 @pytest.mark.slow
