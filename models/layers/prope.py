@@ -95,21 +95,23 @@ class Prope(nn.Module):
         super().__init__()
         if width % 8:
             raise ModelError(f"PRoPE: the width of a head must be a multiple of 8, got {width}")
-        self.half = width // 2
-        self.rope = Rope2d(self.half, base)
+        self.projected = width // 2
+        self.rope = Rope2d(self.projected, base)
 
     def forward(self, projection: Tensor, back: Tensor, grid: tuple[int, int]) -> ProjectivePositions:
         """Matrices (B, cameras, 4, 4) of :func:`projection_matrices` and the grid (rows, columns) of every camera."""
         cosine, sine = self.rope.tables(grid, projection.device, torch.float32)
         # PRoPE turns by the column first.
-        return ProjectivePositions((projection, back), (cosine.flip(1), sine.flip(1)), self.half)
+        return ProjectivePositions((projection, back), (cosine.flip(1), sine.flip(1)), self.projected)
 
 
 def prope_attention(q: Tensor, k: Tensor, v: Tensor, positions: ProjectivePositions, *, mask: Tensor) -> Tensor:
     """Attention (B, heads, N, width) with PRoPE where the picture tokens stand anywhere in the sequence.
 
     Args:
-        q, k, v: of all tokens.
+        q: queries of all tokens.
+        k: their keys.
+        v: their values.
         positions: of the picture tokens.
         mask: (N,) or (B, N), not 0 for the tokens of the pictures, which are in their order; the others have no camera.
 

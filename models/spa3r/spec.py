@@ -31,10 +31,7 @@ def step(module: nn.Module, batch: Batch, received: Mapping[str, Tensor], *, obj
     features = tokens.flatten(2, 3)
     views = compared_views(roles, objective)
     context = batch.get("context_tokens")
-    if context is None:
-        context = pick(features, rows_of(~roles))
-    else:
-        context = context[:, :, -1].flatten(2, 3)
+    context = pick(features, rows_of(~roles)) if context is None else context[:, :, -1].flatten(2, 3)
     field = module(context, pick(batch["pose"], views), grid)
     targets = {GEO: pick(features, views)} if GEO in objective.targets else {}
     for name, column in COLUMNS.items():

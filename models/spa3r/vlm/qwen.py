@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.encoders.hf import cast_stored
 from models.encoders.weights import read_json, resolve_folder, weight_files
 from models.errors import ModelError, WeightsError
 
 MODEL_TYPE = "qwen2_5_vl"
 VISION, TEXT, HEAD = "model.visual.", "model.language_model.", "lm_head."
-_OLD_VISION, _OLD_TEXT = "visual.", "model."
+OLD_VISION, OLD_TEXT = "visual.", "model."
 _BOOKKEEPING = ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype")
 
 
@@ -96,19 +97,19 @@ def our_name(published: str) -> str:
     """Name in transformers 5 of a tensor of either layout."""
     if published.startswith((VISION, TEXT, HEAD)):
         return published
-    if published.startswith(_OLD_VISION):
-        return VISION + published.removeprefix(_OLD_VISION)
-    if published.startswith(_OLD_TEXT):
-        return TEXT + published.removeprefix(_OLD_TEXT)
+    if published.startswith(OLD_VISION):
+        return VISION + published.removeprefix(OLD_VISION)
+    if published.startswith(OLD_TEXT):
+        return TEXT + published.removeprefix(OLD_TEXT)
     return published
 
 
 def published_name(ours: str) -> str:
     """Name in the published layout, that of transformers 4."""
     if ours.startswith(VISION):
-        return _OLD_VISION + ours.removeprefix(VISION)
+        return OLD_VISION + ours.removeprefix(VISION)
     if ours.startswith(TEXT):
-        return _OLD_TEXT + ours.removeprefix(TEXT)
+        return OLD_TEXT + ours.removeprefix(TEXT)
     return ours
 
 
@@ -169,6 +170,27 @@ def _fill(target: Tensor, stored: Tensor) -> bool:
     return True
 
 
+@torch.no_grad()
+def fill_tower(tower: Any, weights: str) -> None:
+    """Copy the vision tower of ``weights`` into ``tower``, strictly. WeightsError lists what does not fit."""
+    own, wrong, left = tower.state_dict(), list[str](), list[str]()
+    missing = set(own)
+    for name, tensor in base_tensors(weights, vision=True, text=False):
+        inner = name.removeprefix(VISION)
+        missing.discard(inner)
+        if inner not in own:
+            left.append(inner)
+        elif own[inner].shape != tensor.shape:
+            wrong.append(f"{inner}: {tuple(tensor.shape)} instead of {tuple(own[inner].shape)}")
+        else:
+            own[inner].copy_(tensor)
+    if missing or left or wrong:
+        raise WeightsError(
+            f"{weights} has no vision tower for this config: missing {sorted(missing)[:10]}, left over "
+            f"{sorted(left)[:10]}, of another shape {sorted(wrong)[:10]}"
+        )
+
+
 def attach_tower(network: Any, weights: str) -> Any:
     """Give a network that was built without one the frozen vision tower of ``weights``, in place; returns it.
 
@@ -176,14 +198,7 @@ def attach_tower(network: Any, weights: str) -> Any:
     """
     like = network.model.language_model.embed_tokens.weight
     tower = build_tower(network.config.vision_config)
-    own = tower.state_dict()
-    stored = {name.removeprefix(VISION): tensor for name, tensor in base_tensors(weights, vision=True, text=False)}
-    wrong = sorted(name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape)
-    if own.keys() != stored.keys() or wrong:
-        raise WeightsError(
-            f"{weights} has no vision tower for this model: missing {sorted(own.keys() - stored.keys())[:10]}, left "
-            f"over {sorted(stored.keys() - own.keys())[:10]}, of another shape {wrong[:10]}"
-        )
-    tower.load_state_dict(stored)
-    network.model.visual = tower.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
+    fill_tower(tower, weights)
+    cast_stored(tower, like.dtype)
+    network.model.visual = tower.to(like.device).eval().requires_grad_(False)
     return network
