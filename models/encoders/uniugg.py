@@ -42,6 +42,8 @@ READS = "reads"
 PARTS: Mapping[str, tuple[str, str]] = {
     "uniugg_vit": ("uniugg-vit-", "uniugg-vit-tiny"),
     "mast3r": ("mast3r-", "mast3r-tiny"),
+    "vggt_patches": ("vggt-", "vggt-tiny"),
+    "vggt": ("vggt-", "vggt-tiny"),
     "uniugg_vae": ("spatial-vae-", "spatial-vae-tiny"),
     "uniugg_reconstruction": ("spatial-vae-", "spatial-vae-tiny"),
 }
@@ -52,7 +54,7 @@ class TrainedPart:
 
     def __init__(self, family: str, weights: str, arch: Mapping[str, Any], seed: int) -> None:
         prefix, default = PARTS[family]
-        self.folder = None if weights == RANDOM else Path(weights).expanduser()
+        self.folder = None if weights == RANDOM else self.locate(weights)
         self.seed = seed
         self._digest = ""
         self.extra: Mapping[str, Any] = {}
@@ -70,9 +72,17 @@ class TrainedPart:
             raise WeightsError(f"{weights} is a {self.name}; family {family} takes {prefix}*")
         self.settings: dict[str, Any] = {**spec(self.name).defaults, **settings}
 
+    def locate(self, weights: str) -> Path:
+        """The folder that ``weights`` names."""
+        return Path(weights).expanduser()
+
     def describe(self, folder: Path) -> Mapping[str, Any]:
         """What the folder says that it holds: ``model`` and ``settings``."""
         return describe_pretrained(folder)
+
+    def stored(self, folder: Path) -> str:
+        """Digest of the weights that the folder holds."""
+        return stored_digest(folder)
 
     def fill(self, module: nn.Module, folder: Path) -> None:
         """Load the folder's weights into the module that :meth:`make` gave. WeightsError when they do not fit."""
@@ -90,7 +100,7 @@ class TrainedPart:
         else:
             module = seeded(self.make, self.seed)  # not on meta: what is not stored (positions) must be computed
             self.fill(module, self.folder)
-            self._digest = same_digest(stored_digest(self.folder), self._digest, self.folder)
+            self._digest = same_digest(self.stored(self.folder), self._digest, self.folder)
         return module.eval().requires_grad_(False)
 
     @property
@@ -100,7 +110,7 @@ class TrainedPart:
             if self.folder is None:
                 self.load()
             else:
-                self._digest = stored_digest(self.folder)
+                self._digest = self.stored(self.folder)
         return self._digest
 
     def identity(self) -> dict[str, Any]:

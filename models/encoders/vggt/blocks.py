@@ -103,9 +103,13 @@ class DinoViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (N, 3, H, W) in [0, 1] -> patch tokens (N, h * w, width), row by row."""
-        grid = self.grid(images.shape[-2], images.shape[-1])
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        x = self.patch_embed["proj"](((images - mean) / std).to(self.pos_embed.dtype)).flatten(2).transpose(1, 2)
+        return self.tokens((images - mean) / std)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """The same of pictures that were normalised before."""
+        grid = self.grid(pixels.shape[-2], pixels.shape[-1])
+        x = self.patch_embed["proj"](pixels.to(self.pos_embed.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid)
         x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         for block in self.blocks:
