@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, get_args, get_origin
 
-from configs import schema
+from configs import schema, schema_recipes
 from configs.convert import hints_of
 from configs.schema import RunConfig
 
@@ -46,13 +46,14 @@ def _keys(cls: type, prefix: str, instance: Any) -> Iterator[Key]:
 @cache
 def comments() -> Mapping[str, Mapping[str, str]]:
     """Class name -> key -> the comment lines directly above it ("" where there are none)."""
-    source = inspect.getsource(schema)
-    lines = source.splitlines()
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef):
-            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-            found[node.name] = {ast.unparse(item.target): _above(lines, item.lineno) for item in fields}
+    for module in (schema, schema_recipes):
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+                found[node.name] = {ast.unparse(item.target): _above(lines, item.lineno) for item in fields}
     return found
 
 

@@ -1,4 +1,5 @@
-"""The typed configuration of a run. A default lives here and nowhere else; YAML files hold choices only.
+"""The typed configuration of a run. A default lives here (of recipes: in ``schema_recipes``) and nowhere else; YAML
+files hold choices only.
 
 Every class is a frozen keyword-only dataclass, so a config that was loaded cannot drift during the run. The
 comment above a key is its documentation; ``loom3d config keys`` prints them.
@@ -8,6 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from configs.schema_recipes import RecipeConfig as RecipeConfig
+from configs.schema_recipes import Spa3rConfig as Spa3rConfig
+from configs.schema_recipes import UniuggConfig as UniuggConfig
+from configs.schema_recipes import ViewSetConfig as ViewSetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +146,9 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     # Family: dinov2 | dinov3 | radio | siglip2 | clip (images), siglip2_text | clip_text (texts),
-    # pooled | projection (records of another encoder), uniugg_vit | mast3r (images), uniugg_vae |
-    # uniugg_reconstruction (records of uniugg_vit).
+    # pooled | projection (records of another encoder), uniugg_vit | mast3r | vggt_patches | qwen2_5_vl (images),
+    # uniugg_vae | uniugg_reconstruction (records of uniugg_vit), vggt (sets of views, from records of vggt_patches),
+    # spa3r (records of vggt).
     family: str = "dinov2"
     # "random" (initialised from `seed`), a local folder, a hub name, or "run:NAME/PART" (a part that the
     # run of that name trained).
@@ -157,6 +164,9 @@ class EncoderConfig:
     height: int = 224
     # Input width in pixels; a multiple of the patch size.
     width: int = 224
+    # [height, width] of the shape whose largest central window is read and stretched to the input's size, so that two
+    # encoders of different shapes see the same part of a picture; [] is the input's own shape.
+    window: list[int] = field(default_factory=list)
     # Layers whose patch tokens are kept, counted from 1; [] keeps the last only.
     layers: list[int] = field(default_factory=list)
     # Compute and storage dtype: float32 | bfloat16 | float16.
@@ -218,94 +228,6 @@ class ModelConfig:
     # Weights that parts of the model start from: part -> "random", a folder, a hub name, or "run:NAME/PART" (a part
     # that the run of that name trained). A part that is not named starts at random.
     init: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewSetConfig:
-    # Smallest and largest number of views of a set.
-    views: list[int] = field(default_factory=lambda: [2, 4])
-    # Share of the views of a set that are targets (at least one where > 0, and at least one stays context).
-    target_ratio: float = 0.5
-    # Smallest and largest distance of neighbouring views, in frames of the source.
-    interval: list[int] = field(default_factory=lambda: [1, 1])
-    # First frames of two sets of an epoch lie in different windows of this many frames.
-    stride: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniuggConfig:
-    """UniUGG's settings (arXiv 2508.11952). Weights of loss terms are in ``recipe.losses``."""
-
-    # Pixel correspondences sampled of an image pair.
-    matches: int = 8192
-    # At most this share of them are true matches; the rest are false ones.
-    match_share: float = 0.5
-    # Temperature of the matching loss.
-    match_temperature: float = 0.05
-    # Side of the blocks in which the matching loss is computed.
-    match_block: int = 1024
-    # Weight of the log-confidence in the loss of the pointmaps (alpha).
-    point_alpha: float = 0.2
-    # Weight of the log-confidence in the matching loss (beta).
-    match_beta: float = 10.0
-    # Divide the prediction by the ground truth's scale (metric data); false divides it by its own.
-    metric: bool = True
-    # Weight of LPIPS beside L1 in the loss of the RGB head; needs `lpips_weights`.
-    rgb_lpips: float = 0.2
-    # Weight of 1 - SSIM beside L1 in the loss of the RGB head.
-    rgb_ssim: float = 0.0
-    # Folder or file of the AlexNet trunk that LPIPS needs; "" leaves LPIPS out of the loss.
-    lpips_weights: str = ""
-    # Weight of 1 - cosine in the semantic losses.
-    semantic_cosine: float = 0.9
-    # Weight of smooth L1 in the semantic losses.
-    semantic_smooth_l1: float = 0.1
-    # Share of the tokens of an image that the semantic loss looks at, drawn for each image.
-    semantic_share: float = 1 / 3
-    # Every pair also appears swapped.
-    symmetrise: bool = True
-    # Random viewport of the student's position table while training (RADIO's CPE).
-    cpe_augment: bool = False
-    # The VAE trains the spatial decoder too; false is the paper's ablation (c).
-    finetune_spatial_decoder: bool = True
-    # Share of pairs in which exactly one of the two representations is the reconstruction.
-    mixed_share: float = 0.5
-    # Latents that the diffusion learns: sample | mode of the posterior.
-    latent: str = "sample"
-    # Share of conversations whose image tokens are the VAE's reconstruction.
-    reconstruction_share: float = 0.1
-    # Share of generation samples whose condition is replaced by the learned null sequence.
-    condition_dropout: float = 0.1
-    # Min-SNR weighting of the noise loss (0: none).
-    min_snr: float = 0.0
-    # Strength of offset noise (0: none).
-    offset_noise: float = 0.0
-    # Scale of the relative translation in the raymap: metres | depth (of the reference, needs depth).
-    translation_scale: str = "metres"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeConfig:
-    # What is trained: probe | uniugg_encoder | uniugg_vae | uniugg_align | uniugg_joint | uniugg_finetune |
-    # uniugg_direct.
-    name: str = "probe"
-    # Relative share of micro-batches of each kind in every step (largest remainder).
-    quotas: dict[str, float] = field(default_factory=lambda: {"view": 1.0})
-    # How samples of the kind view_set are drawn.
-    view_set: ViewSetConfig = field(default_factory=ViewSetConfig)
-    # Loss terms and their weights.
-    losses: dict[str, float] = field(default_factory=dict)
-    # Which encoder (key under `encoders`) feeds the model of the probe; the other recipes name theirs (teacher, vit,
-    # vae, reconstruction).
-    features: str = "features"
-    # Role -> globs of the parameters that are trained; a role that is not named trains all of its parameters. With
-    # peft=lora the parameters that are trained beside the low-rank updates; by default the new layers (projector,
-    # queries, conditioning).
-    train: dict[str, list[str]] = field(default_factory=dict)
-    # Settings of UniUGG's recipes.
-    uniugg: UniuggConfig = field(default_factory=UniuggConfig)
-    # Settings that only this recipe knows (documented in its spec).
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

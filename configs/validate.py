@@ -17,6 +17,7 @@ from configs.convert import hints_of, nearest, section_problems
 from configs.paths import is_uri
 from configs.roles import SHARED_TRAINER, role_config
 from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig, TrainerConfig
+from configs.validate_recipes import view_sets
 
 SPLITS = ("train", "val", "test")
 FORMATS = (
@@ -25,10 +26,13 @@ FORMATS = (
 )  # fmt: skip
 RECIPES = (
     "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
+    "spa3r_pretrain",
 )  # fmt: skip
-IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r")
+IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r", "vggt_patches")
 TEXT_FAMILIES = ("siglip2_text", "clip_text")
-RECORD_FAMILIES = ("pooled", "projection", "uniugg_vae", "uniugg_reconstruction")
+RECORD_FAMILIES = ("pooled", "projection", "uniugg_vae", "uniugg_reconstruction", "vggt", "spa3r")
+"""Families that read what another encoder made of pictures; vggt of all views of a sample together."""
+_HUGGING_FACE = ("dinov2", "dinov3", "radio", "siglip2", "clip")
 BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,6 +41,11 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "recipe.name": RECIPES,
     "recipe.uniugg.latent": ("sample", "mode"),
     "recipe.uniugg.translation_scale": ("metres", "depth"),
+    "recipe.view_set.scheme": ("windows", "walks"),
+    "recipe.spa3r.loss": ("l1", "smooth_l1"),
+    "recipe.spa3r.loss_views": ("targets", "all"),
+    "recipe.spa3r.targets": ("joint", "symmetric"),
+    "recipe.spa3r.qk_norm_global": ("auto", "layernorm", "rmsnorm"),
     "bridge.transport": ("auto", "local", "group", "objects"),
     "generate.points": ("target", "union"),
     "data.sources.*.format": FORMATS,
@@ -65,10 +74,11 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "uniugg_joint": ("llm", "diffusion"),
     "uniugg_finetune": ("llm", "diffusion"),
     "uniugg_direct": ("llm",),
+    "spa3r_pretrain": ("trainer",),
 }
 
 #: Patch size of a family's published networks, where ``arch`` or the name of the weights says nothing else.
-PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16}
+PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16, "vggt_patches": 14}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +146,9 @@ RANGES: Mapping[str, Range] = {
     "recipe.quotas.*": _COUNT,
     "recipe.view_set.target_ratio": _DECAY,
     "recipe.view_set.stride": _POSITIVE,
+    "recipe.view_set.plans_per_scene": _COUNT,
+    "recipe.view_set.partitions": _COUNT,
+    "recipe.view_set.seed": _COUNT,
     "recipe.losses.*": _COUNT,
     "recipe.uniugg.matches": _POSITIVE,
     "recipe.uniugg.match_share": _SHARE,
@@ -325,9 +338,7 @@ def _recipe(config: RunConfig) -> Iterator[str]:
             f"recipe.features={config.recipe.features!r} names no encoder."
             f"{nearest(config.recipe.features, config.encoders)} Encoders: {names}"
         )
-    for key, ends in (("views", config.recipe.view_set.views), ("interval", config.recipe.view_set.interval)):
-        if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
-            yield f"recipe.view_set.{key}={ends} must be [smallest,largest], with 1 <= smallest <= largest"
+    yield from view_sets(config)
     roles = ROLES.get(config.recipe.name, ())
     for role in roles:
         if role not in config.cluster.roles:
@@ -346,6 +357,10 @@ def _encoders(config: RunConfig) -> Iterator[str]:
         if encoder.family in IMAGE_FAMILIES:
             yield from _layers(path, encoder)
             yield from _patches(path, encoder)
+        if encoder.window and (len(encoder.window) != 2 or min(encoder.window) < 1):
+            yield f"{path}.window={encoder.window} must be [height,width], such as that of another encoder, or []"
+        elif encoder.window and encoder.family not in _HUGGING_FACE:
+            yield f"{path}.window={encoder.window} is for {', '.join(_HUGGING_FACE)}; {encoder.family} has none"
         if not encoder.weights:
             yield f"{path}.weights is empty: give random, a folder, or a hub name such as facebook/dinov2-small"
         if encoder.weights != "random" and encoder.arch and encoder.family not in RECORD_FAMILIES:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from models.errors import ModelError
 from models.spec import TensorSpec
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network normalises itself
 
@@ -98,7 +98,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "clip_vision_model": Architecture(
         config="CLIPVisionConfig", model="CLIPVisionModelWithProjection", layers="vision_model.encoder.layers",
-        norm="", prefix=lambda _: 1, normalisation=_CLIP, interpolate=True,
+        norm="", prefix=lambda _: 1, normalisation=CLIP, interpolate=True,
     ),
 }  # fmt: skip
 
@@ -264,7 +264,7 @@ class HFEncoder(FrozenEncoder):
         if self.folder is None:
             self.model = seeded(self.build_random, self.seed)
             self._digest = tensor_digest(self.model.state_dict())
-            _cast(self.model, self.dtype)
+            cast_stored(self.model, self.dtype)
         else:
             with quiet_transformers():
                 self.model = load_strict(
@@ -353,7 +353,7 @@ class HFEncoder(FrozenEncoder):
         return output.pooler_output[:, None]
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_stored(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold weights in ``dtype`` but leave what is not stored (rotary frequencies) in float32, as loading does."""
     stored = model.state_dict()
     kept = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
@@ -380,11 +380,13 @@ def load_encoder(
     width: int,
     layers: Sequence[int] = (),
     dtype: str = "bfloat16",
+    window: Sequence[int] = (),
 ) -> HFEncoder:
     """An image encoder of ``family``, not yet holding its weights if they come from a folder.
 
     ``weights`` is "random" (``arch`` over the family's default architecture, initialised from ``seed``), a local
-    folder, or a hub name. ``layers`` are the taps, counted from 1; () takes the last. ModelError for sizes or
+    folder, or a hub name. ``layers`` are the taps, counted from 1; () takes the last. ``window`` (height, width) is the
+    shape of the part of a picture that is read, where it is not the input's. ModelError for sizes or
     settings that cannot be, WeightsError for weights that cannot be had.
     """
     import transformers
@@ -394,14 +396,21 @@ def load_encoder(
         architecture = ARCHITECTURES[_model_type(family, str(arch.get("model_type", "")))]
         config = random_config(getattr(transformers, architecture.config), arch)
         mean, std = architecture.normalisation
-        preprocessing = Preprocessing(height=height, width=width, mean=mean, std=std)
+        preprocessing = _seen(Preprocessing(height=height, width=width, mean=mean, std=std), window)
         return HFEncoder(architecture, config, preprocessing, layers=layers, dtype=dtype, folder=None, seed=seed)
     if arch:
         raise ModelError(f"encoder arch {arch} is for weights=random only; {weights!r} has an architecture of its own")
     folder = resolve_folder(weights)
     architecture, config = _stored_config(folder, family)
-    preprocessing = _stored_preprocessing(folder, architecture, height, width)
+    preprocessing = _seen(_stored_preprocessing(folder, architecture, height, width), window)
     return HFEncoder(architecture, config, preprocessing, layers=layers, dtype=dtype, folder=folder, seed=seed)
+
+
+def _seen(preprocessing: Preprocessing, window: Sequence[int]) -> Preprocessing:
+    if not window:
+        return preprocessing
+    height, width = window
+    return replace(preprocessing, window=(height, width))
 
 
 def flops_per_image(encoder: HFEncoder) -> int:
@@ -430,6 +439,6 @@ def preprocessing_of(encoder: FrozenEncoder) -> Preprocessing:
 
 
 __all__ = [
-    "ARCHITECTURES", "FAMILIES", "Architecture", "HFEncoder", "flops_per_image", "load_encoder", "parameter_count",
-    "preprocessing_of",
+    "ARCHITECTURES", "FAMILIES", "Architecture", "HFEncoder", "cast_stored", "flops_per_image", "load_encoder",
+    "parameter_count", "preprocessing_of",
 ]  # fmt: skip

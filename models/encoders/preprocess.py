@@ -81,6 +81,8 @@ class Preprocessing:
     width: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    window: tuple[int, int] | None = None
+    """(height, width) of the shape whose largest central window is read and stretched; None: that of the input."""
 
     def identity(self) -> dict[str, Any]:
         """All of it as JSON, with the version of the library that resamples."""
@@ -92,13 +94,15 @@ class Preprocessing:
             "resize": "short side, centre crop, one pass",
             "filter": "bicubic, antialiased",
             "pillow": PIL.__version__,
+            **({"window": list(self.window)} if self.window else {}),
         }
 
     def __call__(self, image: np.ndarray, transform: Mapping[str, Any]) -> Tensor:
         """uint8 (H, W, 3) -> normalised float32 (3, height, width)."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ModelError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
-        box = transformed_box(image.shape[:2], self.height, self.width, transform)
+        height, width = self.window or (self.height, self.width)
+        box = transformed_box(image.shape[:2], height, width, transform)
         # Pillow widens the filter when it shrinks (antialiasing) and reads beyond the box, as cropping after does.
         resized = Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
         if transform.get("flip"):

@@ -21,7 +21,7 @@ from configs.schema import RunConfig
 from models.spec import TensorSpec
 from services.contracts import CacheStats, FeatureRequest, Lookups
 from services.errors import CacheError, DeadlineError, ServiceError
-from services.features.encode import Answer, Encoder, as_stored, record_bytes
+from services.features.encode import Answer, Encoder, as_stored, ragged_length, record_bytes
 from services.features.rule import MeasuredRule
 from services.features.sink import StoreSink
 from services.runtime import supervise
@@ -401,7 +401,8 @@ class FeatureClient:
             return False
         name = min(self._queued.values(), key=lambda entry: entry[:2])[2].encoder
         if name not in self._bytes_of:
-            self._bytes_of[name] = max(1, record_bytes(self.sink.model(name).outputs()))
+            outputs = self.sink.model(name).outputs()
+            self._bytes_of[name] = max(1, record_bytes(outputs, ragged_length(name, self.config)))
         return not self._ahead_bytes or self._ahead_bytes + self._bytes_of[name] <= self.config.cache.lookahead_bytes
 
     def _stop_ahead(self, failure: supervise.Failure) -> None:

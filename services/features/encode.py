@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import threading
 from collections import defaultdict
@@ -15,24 +16,27 @@ import torch
 
 from configs.schema import EncoderConfig, RunConfig
 from models.encoders.base import FrozenEncoder, InputKind
-from models.encoders.families import input_kind
-from models.encoders.weights import same_digest
+from models.encoders.families import CLASSES, family_class, input_kind
+from models.encoders.weights import RANDOM, same_digest
 from models.errors import ModelError
 from models.spec import TensorSpec
 from services.contracts import FeatureRequest, Record, Tensor
 from services.data.images import describe, load_image
 from services.errors import USER_ERRORS, ConfigError, DataError
 from services.features import codecs
-from services.features.requests import encoder_config
+from services.features.requests import encoder_config, view_requests
 
 Answer = Record | BaseException
 Upstream = Callable[[Sequence[FeatureRequest]], Sequence[Answer]]
 """Gives the records that a chained encoder reads."""
 
+CHAINED = (InputKind.RECORD, InputKind.VIEWS)
+"""Kinds of input that other encoders make."""
+
 _TORCH = {"bfloat16": torch.bfloat16}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
 _RAGGED = 64
-"""Assumed length of a ragged axis where only an estimate of bytes is wanted."""
+"""Assumed length of a ragged axis where only an estimate of bytes is wanted, and nothing is known of it."""
 
 
 def build_encoder(name: str, config: RunConfig) -> FrozenEncoder:
@@ -69,19 +73,21 @@ def _build(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncod
 def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncoder:
     if name in before:
         raise ConfigError(f"encoders read each other in a circle: {' -> '.join((*before, name))}")
-    settings = encoder_config(name, config)
+    settings = _with_norm(name, encoder_config(name, config), config)
     kind = input_kind(settings.family)
-    if kind is not InputKind.RECORD:
+    if kind not in CHAINED:
         if settings.upstream:
             raise ConfigError(
                 f"encoders.{name}.upstream={settings.upstream!r}, but {settings.family} reads {kind}s, not records"
             )
-        if settings.family in ("uniugg_vit", "mast3r"):
+        if settings.family in CLASSES:
             return _own_vit(name, settings)
         from models.encoders.hf import load_encoder
         from models.encoders.text import load_text_encoder
 
-        load = load_text_encoder if kind is InputKind.TEXT else load_encoder
+        load: Any = load_text_encoder
+        if kind is InputKind.IMAGE:
+            load = functools.partial(load_encoder, window=settings.window)
         return load(
             settings.family,
             settings.weights,
@@ -94,6 +100,12 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
         )
     if not settings.upstream:
         raise ConfigError(f"encoders.{name}.upstream must name an encoder: {settings.family} reads records")
+    before_kind = input_kind(encoder_config(settings.upstream, config).family)
+    if kind is InputKind.VIEWS and before_kind not in (InputKind.IMAGE, InputKind.RECORD):
+        raise ConfigError(
+            f"encoders.{name}.upstream={settings.upstream!r} reads {before_kind}s: {settings.family} takes the records "
+            "of single pictures"
+        )
     upstream = _build(settings.upstream, config, (*before, name))
     try:
         return _behind(upstream, settings, stored_codec(config))
@@ -101,16 +113,31 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
         raise ConfigError(f"encoders.{name}.arch={settings.arch} does not fit {settings.family}: {error}") from error
 
 
+def _with_norm(name: str, settings: EncoderConfig, config: RunConfig) -> EncoderConfig:
+    """VGGT with the normalisation that ``recipe.spa3r.qk_norm_global`` asks for; stored weights have their own."""
+    wanted = config.recipe.spa3r.qk_norm_global
+    if settings.family not in ("vggt_patches", "vggt") or wanted == "auto":
+        return settings
+    if settings.weights == RANDOM:
+        return dataclasses.replace(settings, arch={"qk_norm": wanted, **settings.arch})
+    from models.encoders.vggt.frozen import VggtPart
+
+    found = VggtPart(settings.family, settings.weights, {}, settings.seed).settings["qk_norm"]
+    if found != wanted:
+        raise ConfigError(
+            f"recipe.spa3r.qk_norm_global={wanted}, but encoders.{name}.weights={settings.weights} has {found} in its "
+            "global blocks; set it to auto, or give the weights that it was meant for"
+        )
+    return settings
+
+
 def _own_vit(name: str, settings: EncoderConfig) -> FrozenEncoder:
     """A ViT of the registry, trained by a run or published."""
-    from models.encoders.uniugg import Mast3rViT, UniuggViT
-
     if settings.layers:
         raise ConfigError(
             f"encoders.{name}.layers={settings.layers}: {settings.family} gives its last layer only; set []"
         )
-    vit = UniuggViT if settings.family == "uniugg_vit" else Mast3rViT
-    return vit(
+    return family_class(settings.family)(
         settings.weights,
         arch=settings.arch,
         seed=settings.seed,
@@ -121,15 +148,12 @@ def _own_vit(name: str, settings: EncoderConfig) -> FrozenEncoder:
 
 
 def _behind(upstream: FrozenEncoder, settings: EncoderConfig, codec: str) -> FrozenEncoder:
-    """An encoder of the records of ``upstream``."""
+    """An encoder of the records of ``upstream``, one by one or as a set of views."""
     from models.encoders.chain import PCAProjection, PooledTokens
 
     options, weights, seed, dtype = dict(settings.arch), settings.weights, settings.seed, settings.dtype
-    if settings.family in ("uniugg_vae", "uniugg_reconstruction"):
-        from models.encoders.uniugg import UniuggPosterior, UniuggReconstruction
-
-        behind = UniuggPosterior if settings.family == "uniugg_vae" else UniuggReconstruction
-        return behind(upstream, codec, weights=weights, arch=options, seed=seed, dtype=dtype)
+    if settings.family in CLASSES:
+        return family_class(settings.family)(upstream, codec, weights=weights, arch=options, seed=seed, dtype=dtype)
     if settings.family == "pooled":
         return PooledTokens(upstream, codec, dtype=dtype, **options)
     return PCAProjection(upstream, codec, weights=weights, seed=seed, dtype=dtype, **options)
@@ -157,13 +181,24 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     return copied.view(_TORCH[tensor.dtype]) if tensor.dtype in _TORCH else copied
 
 
-def record_bytes(outputs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of a record of these shapes; an estimate where an axis is ragged."""
+def record_bytes(outputs: Mapping[str, TensorSpec], ragged: int = _RAGGED) -> int:
+    """Bytes of a record of these shapes; an estimate where an axis is ragged, taken to be ``ragged`` long."""
     return sum(
-        int(np.prod([_RAGGED if axis is None else axis for axis in spec.shape], dtype=np.int64))
+        int(np.prod([ragged if axis is None else axis for axis in spec.shape], dtype=np.int64))
         * _ITEM_BYTES[spec.dtype]
         for spec in outputs.values()
     )
+
+
+def ragged_length(name: str, config: RunConfig) -> int:
+    """Length to take for ragged axes of encoder ``name`` in estimates: of view sets, that of a middling one."""
+    while name:
+        settings = encoder_config(name, config)
+        if input_kind(settings.family) is InputKind.VIEWS:
+            least, most = config.recipe.view_set.views
+            return -(-(least + most) // 2)
+        name = settings.upstream
+    return _RAGGED
 
 
 def as_stored(answers: Sequence[Answer], config: RunConfig) -> list[Answer]:
@@ -201,7 +236,8 @@ class Encoder:
         # Decoding an image releases the interpreter's lock, so a few threads hide it behind the forward pass.
         self._readers = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2)), thread_name_prefix=f"read-{name}")
         self._upstream = upstream
-        if self.model.input_kind is InputKind.RECORD and upstream is None:
+        self._config = config
+        if settings.upstream and upstream is None:
             before = Encoder(settings.upstream, config, device=device)
             self._upstream = before.encode
 
@@ -227,14 +263,21 @@ class Encoder:
         return [answers[index] for index in range(len(requests))]
 
     def _prepare(self, requests: Sequence[FeatureRequest]) -> list[Any]:
-        if self.model.input_kind is InputKind.RECORD:
-            assert self._upstream is not None
-            sources: Sequence[Any] = self._upstream([_upstream_of(request) for request in requests])
-        else:
-            sources = [None] * len(requests)
+        sources: Sequence[Any] = [None] * len(requests)
+        if self._upstream is not None and self.model.input_kind is InputKind.VIEWS:
+            sources = self._views(requests, self._upstream)
+        elif self._upstream is not None and self.model.input_kind is InputKind.RECORD:
+            sources = self._upstream([_upstream_of(request) for request in requests])
         return list(self._readers.map(self._prepare_one, requests, sources))
 
-    def _prepare_one(self, request: FeatureRequest, source: Answer | None) -> Any:
+    def _views(self, requests: Sequence[FeatureRequest], upstream: Upstream) -> list[list[Answer]]:
+        """The record of each view of each request. A picture that is in several sets is asked for once."""
+        wanted = [view_requests(request, self._config) for request in requests]
+        once = {request.key: request for views in wanted for request in views}
+        found = dict(zip(once, upstream(list(once.values())), strict=True))
+        return [[found[request.key] for request in views] for views in wanted]
+
+    def _prepare_one(self, request: FeatureRequest, source: Any) -> Any:
         try:
             return self.model.prepare(_raw_input(request, self.model.input_kind, source), request.transform)
         except USER_ERRORS as error:
@@ -269,8 +312,14 @@ def _upstream_of(request: FeatureRequest) -> FeatureRequest:
     return request.upstream
 
 
-def _raw_input(request: FeatureRequest, kind: InputKind, source: Answer | None) -> Any:
-    """What ``prepare`` takes. DataError for an input that cannot be read."""
+def _raw_input(request: FeatureRequest, kind: InputKind, source: Any) -> Any:
+    """What ``prepare`` takes; ``source``: what the encoder before gave. DataError for an input that cannot be read."""
+    if kind is InputKind.VIEWS and source is not None:
+        for answer in source:
+            if isinstance(answer, BaseException):
+                raise answer
+        records = [{name: to_torch(tensor) for name, tensor in answer.items()} for answer in source]
+        return list(zip(records, request.roles, strict=True))
     if kind is InputKind.RECORD:
         if isinstance(source, BaseException):
             raise source

@@ -93,6 +93,32 @@ def text_request(text: str, sample_id: str, encoder_name: str) -> FeatureRequest
     return FeatureRequest(key=feature_key((), text=text), encoder=encoder_name, sample_id=sample_id, text=text)
 
 
+def view_requests(request: FeatureRequest, config: RunConfig) -> list[FeatureRequest]:
+    """What makes the record of each view of ``request``, in order, for an encoder of view sets that reads records.
+
+    They are the requests that the views alone would have, so sets share what was made of a picture.
+    """
+    upstream = encoder_config(request.encoder, config).upstream
+    return [
+        _of_view(upstream, image, digest, request, config)
+        for image, digest in zip(request.images, request.digests, strict=True)
+    ]
+
+
+def _of_view(name: str, image: ImageRef, digest: str, request: FeatureRequest, config: RunConfig) -> FeatureRequest:
+    settings = encoder_config(name, config)
+    if input_kind(settings.family) is InputKind.RECORD:
+        return _chained(name, _of_view(settings.upstream, image, digest, request, config))
+    return FeatureRequest(
+        key=feature_key([digest], transform=request.transform),
+        encoder=name,
+        sample_id=request.sample_id,
+        images=(image,),
+        digests=(digest,),
+        transform=dict(request.transform),
+    )
+
+
 def _pictures(sample: PlanSample, manifest: ManifestLike) -> tuple[tuple[ImageRef, ...], tuple[str, ...]]:
     wanted = [view.index for view in sample.views]
     if not wanted:

@@ -33,6 +33,9 @@ class FeatureInput:
     """Output of the encoder -> name of the column; outputs that are not named are left out."""
     views: str = ALL
     """all | context | target: the views, by role, that are encoded."""
+    plain: bool = False
+    """An encoder of view sets is given every view as context: its features do not depend on the partition then, and one
+    record serves all partitions of a set."""
     stacked: bool = True
     """The column has the views as its first axis (after the samples); False for exactly one view without that axis."""
     instead: str = ""
@@ -52,7 +55,8 @@ class KindInputs:
 
     features: tuple[FeatureInput, ...] = ()
     targets: tuple[str, ...] = ()
-    """Readers of ``services.streams.targets``: depth | labels | scene_type | image | camera | matches."""
+    """Readers of ``services.streams.targets``: depth | labels | scene_type | image | camera | matches | roles | size.
+    """
     size: tuple[int, int] = (0, 0)
     """(height, width) at which pictures and targets are cut and resized."""
     text: bool = False
@@ -164,6 +168,31 @@ def _uniugg_direct(config: RunConfig, role: str) -> dict[str, KindInputs]:
     return {"generation": reference, "conversation": _conversation(config, role)}
 
 
+_SEMANTIC: Mapping[str, str] = {"sem": "semantic", "clip": "clip"}
+"""What Spa3R predicts beside VGGT's features -> key under ``encoders``, and name of the column."""
+
+
+def _spa3r(config: RunConfig, role: str) -> dict[str, KindInputs]:
+    """Sets of views: VGGT's features, cameras and depth of all views, and what else is to be predicted there.
+
+    ``joint``: one pass, in which targets see everything and the context itself alone. ``symmetric``: a plain pass over
+    all views, and one over the context alone.
+    """
+    spa3r, size = config.recipe.spa3r, _encoder_size(config, "patches")
+    plain = spa3r.targets == "symmetric"
+    _encoder_size(config, "views")
+    columns = {name: name for name in ("tokens", "pose", *(("depth",) if spa3r.depth_probe or role == JUDGE else ()))}
+    features = [FeatureInput(encoder="views", columns=columns, plain=plain)]
+    if plain:
+        features.append(FeatureInput(encoder="views", columns={"tokens": "context_tokens"}, views=CONTEXT))
+    for name, encoder in _SEMANTIC.items():
+        if name in spa3r.predict:
+            _encoder_size(config, encoder)
+            features.append(FeatureInput(encoder=encoder, columns={"tokens": encoder}))
+    targets = ("roles", "size", "image") if role == JUDGE else ("roles", "size")
+    return {"view_set": KindInputs(features=tuple(features), targets=targets, size=size)}
+
+
 #: Recipe -> (config, role) -> inputs by kind.
 INPUTS: dict[str, Callable[[RunConfig, str], dict[str, KindInputs]]] = {
     "probe": _probe,
@@ -173,6 +202,7 @@ INPUTS: dict[str, Callable[[RunConfig, str], dict[str, KindInputs]]] = {
     "uniugg_joint": _uniugg_joint,
     "uniugg_finetune": _uniugg_joint,
     "uniugg_direct": _uniugg_direct,
+    "spa3r_pretrain": _spa3r,
 }
 
 

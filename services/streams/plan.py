@@ -11,6 +11,9 @@ The rules:
   draws a unit twice. Shares of sources over an epoch are ``data.sources.*.weight`` by largest remainder. What is
   left over when the epoch ends is dropped for that epoch; a source that is larger than its share is walked
   through by the following epochs before any of its units comes again.
+* A micro-batch of view sets drawn by walks has one number of views. Where sets are planned, sets of one size make a
+  part of the kind: an epoch is a shuffled sequence of the parts' micro-batches. Where they are not, the size is drawn
+  for each micro-batch.
 * Over a whole split (validation, test, neighbours, warming a cache: ``complete=True``) units come in order,
   all of them, and fillers of weight 0 complete the last batch.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from services.contracts import MicroBatch, PlanSample, Split, StepPlan
 from services.errors import DataError
 from services.streams.permutation import Permutation, key64, largest_remainder
 from services.streams.sampling import PAIR_KINDS, Pool, Sampler, needs_pairs, sample_id, sampler
+from services.streams.view_walks import WalkSampler
 
 if TYPE_CHECKING:
     from services.data.pairs import PairIndex
@@ -92,15 +96,33 @@ def _least_accumulation(quotas: Mapping[str, float]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Part:
+    """Samples of a kind that may share a micro-batch: pools by source, and what each source gives an epoch."""
+
+    name: str
+    """The kind; where it has several parts, with the number of views."""
+    size: int
+    """Views of every planned set; 0 for all kinds that are not divided."""
+    pools: dict[str, Pool]
+    micro_batches: int
+    """Of an epoch, at most (training), or of a pass over all (complete)."""
+    drawn: dict[str, int]
+    """Samples of an epoch by source; together micro_batches * micro_batch (training)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class _KindPlan:
-    """One kind: samplers and pools by source, what each source gives an epoch, and its micro-batches in a step."""
+    """One kind: its samplers by source, its parts, and how many micro-batches of a step it has."""
 
     name: str
     samplers: dict[str, Sampler]
-    pools: dict[str, Pool]
-    micro_batches: int
-    drawn: dict[str, int]
-    """Samples of an epoch by source; together micro_batches * micro_batch * steps_per_epoch (training)."""
+    parts: tuple[_Part, ...]
+    per_step: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an epoch, over the parts."""
+        return sum(part.micro_batches for part in self.parts)
 
 
 class EpochPlan:
@@ -137,24 +159,27 @@ class EpochPlan:
             kind: {name: _sampler(kind, config, name, indices) for name in weights if weights[name] > 0}
             for kind in sorted(set(self.kinds))
         }
-        pools = {kind: self._pools(kind, manifests, made, quarantine, indices) for kind, made in samplers.items()}
+        pools = {
+            kind: {
+                size: found
+                for size in _sizes(made.values())
+                if (found := self._pools(kind, manifests, made, quarantine, size))
+            }
+            for kind, made in samplers.items()
+        }
+        self._all_kinds_filled(pools, samplers, manifests, quarantine, indices)
         self.steps_per_epoch = self._count_steps(pools, weights)
         self._plans = {
-            kind: _KindPlan(
-                kind,
-                {name: samplers[kind][name] for name in by_source},
-                by_source,
-                self.kinds.count(kind),
-                self._drawn(kind, by_source, weights),
-            )
-            for kind, by_source in pools.items()
+            kind: _KindPlan(kind, samplers[kind], self._parts(kind, by_size, weights), self.kinds.count(kind))
+            for kind, by_size in pools.items()
         }
         self.digest = self._digest(config, manifests, weights, quarantine, indices)
 
     @property
     def samples(self) -> int:
         """Distinct units that the plan can draw, over all kinds and sources."""
-        return sum(len(pool) for plan in self._plans.values() for pool in plan.pools.values())
+        parts = (part for plan in self._plans.values() for part in plan.parts)
+        return sum(len(pool) for part in parts for pool in part.pools.values())
 
     def step(self, global_step: int) -> StepPlan:
         """The plan of step ``global_step`` >= 0; steps go on through as many epochs as asked for."""
@@ -164,9 +189,9 @@ class EpochPlan:
         taken = dict.fromkeys(self._plans, 0)
         micro_batches = []
         for index, kind in enumerate(self.kinds):
-            begin = (step * self._plans[kind].micro_batches + taken[kind]) * self.micro_batch
+            number = step * self._plans[kind].per_step + taken[kind]
             taken[kind] += 1
-            micro_batches.append(MicroBatch(index=index, kind=kind, samples=self._samples(kind, epoch, begin)))
+            micro_batches.append(MicroBatch(index=index, kind=kind, samples=self._samples(kind, epoch, number)))
         return StepPlan(step=global_step, epoch=epoch, micro_batches=tuple(micro_batches))
 
     def local_step(self, global_step: int, rank: int, world_size: int) -> StepPlan:
@@ -195,44 +220,92 @@ class EpochPlan:
         manifests: Mapping[str, Any],
         samplers: Mapping[str, Sampler],
         quarantine: frozenset[str],
-        indices: Mapping[str, PairIndex],
+        size: int,
     ) -> dict[str, Pool]:
-        """The non-empty pools of ``kind`` by source. DataError when there is none."""
+        """The non-empty pools of ``kind`` by source, of sets of ``size`` views where that is not 0."""
         pools = {
-            name: Pool.of(kind, name, manifests[name].of_split(self.split), made, quarantine)
+            name: Pool.of(kind, name, manifests[name].of_split(self.split), made, quarantine, size)
             for name, made in samplers.items()
         }
-        filled = {name: pool for name, pool in pools.items() if len(pool)}
-        if not filled:
+        return {name: pool for name, pool in pools.items() if len(pool)}
+
+    def _all_kinds_filled(
+        self,
+        pools: Mapping[str, Mapping[int, Any]],
+        samplers: Mapping[str, Mapping[str, Sampler]],
+        manifests: Mapping[str, Any],
+        quarantine: frozenset[str],
+        indices: Mapping[str, PairIndex],
+    ) -> None:
+        """DataError for a kind of which there is nothing."""
+        for kind, found in pools.items():
+            if found:
+                continue
             lacks = [index.missing() for index in indices.values()] if kind in PAIR_KINDS else []
+            lacks += _too_short(samplers[kind])
             raise DataError(
                 f"no samples of kind {kind!r} in split {self.split.value!r} of the sources {sorted(manifests)} "
-                f"(drawn from: {sorted(samplers)}, {len(quarantine)} ids in quarantine); add a source that has some, "
-                f"or set recipe.quotas.{kind}=0" + "".join(f"\n  {text}" for text in lacks if text)
+                f"(drawn from: {sorted(samplers[kind])}, {len(quarantine)} ids in quarantine); add a source that has "
+                f"some, or set recipe.quotas.{kind}=0" + "".join(f"\n  {text}" for text in lacks if text)
             )
-        return filled
 
-    def _count_steps(self, pools: Mapping[str, Mapping[str, Pool]], weights: Mapping[str, float]) -> int:
+    def _count_steps(self, pools: Mapping[str, Mapping[int, Mapping[str, Pool]]], weights: Mapping[str, float]) -> int:
         """Steps of an epoch (training: the least over kinds; complete: the most)."""
-        sizes = {kind: self.kinds.count(kind) * self.micro_batch for kind in pools}
+        counts = {kind: self.kinds.count(kind) for kind in pools}
         if self.complete:
-            return max(-(-sum(map(len, pools[kind].values())) // size) for kind, size in sizes.items())
-        steps = {kind: _steps_without_repetition(pools[kind], weights, size) for kind, size in sizes.items()}
+            return max(-(-self._micro_batches(pools[kind], weights) // counts[kind]) for kind in counts)
+        steps = {}
+        for kind, by_size in pools.items():
+            if len(by_size) == 1:
+                (found,) = by_size.values()
+                steps[kind] = _steps_without_repetition(found, weights, counts[kind] * self.micro_batch)
+            else:
+                steps[kind] = self._micro_batches(by_size, weights) // counts[kind]
         short = min(steps, key=lambda kind: (steps[kind], kind))
         if not steps[short]:
+            have = {
+                name: sum(len(found[name]) for found in pools[short].values() if name in found)
+                for name in sorted({name for found in pools[short].values() for name in found})
+            }
+            divided = (
+                f", divided by their number of views ({len(pools[short])} numbers: recipe.view_set.views; more sets: "
+                "recipe.view_set.plans_per_scene)"
+                if len(pools[short]) > 1
+                else ""
+            )
             raise DataError(
-                f"one step draws {sizes[short]} samples of kind {short!r}, but split {self.split.value!r} has "
-                f"{ {name: len(pool) for name, pool in pools[short].items()} } of them at weights "
-                f"{ {name: weights[name] for name in pools[short]} }; lower trainer.micro_batch or "
+                f"one step draws {counts[short] * self.micro_batch} samples of kind {short!r}, but split "
+                f"{self.split.value!r} has {have} of them{divided} at weights "
+                f"{ {name: weights[name] for name in have} }; lower trainer.micro_batch or "
                 "trainer.accumulation, change data.sources.*.weight, or add data"
             )
         return steps[short]
 
-    def _drawn(self, kind: str, pools: Mapping[str, Pool], weights: Mapping[str, float]) -> dict[str, int]:
+    def _micro_batches(self, by_size: Mapping[int, Mapping[str, Pool]], weights: Mapping[str, float]) -> int:
+        return sum(self._part_batches(found, weights) for found in by_size.values())
+
+    def _part_batches(self, pools: Mapping[str, Pool], weights: Mapping[str, float]) -> int:
+        """Micro-batches that the pools give: without repetition, or (complete) the last one filled up."""
         if self.complete:
-            return {name: len(pool) for name, pool in pools.items()}
-        total = self.kinds.count(kind) * self.micro_batch * self.steps_per_epoch
-        return largest_remainder(total, {name: weights[name] for name in pools})
+            return -(-sum(map(len, pools.values())) // self.micro_batch)
+        return _steps_without_repetition(pools, weights, self.micro_batch)
+
+    def _parts(
+        self, kind: str, by_size: Mapping[int, dict[str, Pool]], weights: Mapping[str, float]
+    ) -> tuple[_Part, ...]:
+        """The parts of a kind that give at least one micro-batch."""
+        parts = []
+        for size, pools in by_size.items():
+            batches = self._part_batches(pools, weights)
+            if len(by_size) == 1 and not self.complete:
+                batches = self.kinds.count(kind) * self.steps_per_epoch
+            if not batches:
+                continue
+            drawn = {name: len(pool) for name, pool in pools.items()}
+            if not self.complete:
+                drawn = largest_remainder(batches * self.micro_batch, {name: weights[name] for name in pools})
+            parts.append(_Part(f"{kind}/{size}" if size else kind, size, pools, batches, drawn))
+        return tuple(parts)
 
     def _digest(
         self,
@@ -260,57 +333,78 @@ class EpochPlan:
 
     # -- drawing --------------------------------------------------------------------------------------------
 
-    def _samples(self, kind: str, epoch: int, begin: int) -> tuple[PlanSample, ...]:
-        """Samples at places [begin, begin + micro_batch) of the kind's epoch."""
+    def _samples(self, kind: str, epoch: int, number: int) -> tuple[PlanSample, ...]:
+        """Samples of micro-batch ``number`` of the kind's epoch."""
         plan = self._plans[kind]
-        places = np.arange(begin, begin + self.micro_batch)
-        total = sum(plan.drawn.values())
+        if not self.complete and len(plan.parts) > 1:
+            shuffled = Permutation(plan.micro_batches, key64("parts", self.seed, epoch, kind))
+            number = int(shuffled(np.array([number]))[0])
+        part, first = plan.parts[0], 0
+        for part in plan.parts:
+            # What lies beyond the last part completes the last step: it goes on there, with fillers.
+            if number < first + part.micro_batches or part is plan.parts[-1]:
+                break
+            first += part.micro_batches
+        size = part.size or self._drawn_size(plan, epoch, number)
+        places = np.arange((number - first) * self.micro_batch, (number - first + 1) * self.micro_batch)
+        total = sum(part.drawn.values())
         if self.complete:
-            return tuple(self._in_order(plan, int(place), total) for place in places)
-        if len(plan.drawn) > 1:
-            places = Permutation(total, key64("mix", self.seed, epoch, kind))(places)
+            return tuple(self._in_order(plan, part, int(place), total, size) for place in places)
+        if len(part.drawn) > 1:
+            places = Permutation(total, key64("mix", self.seed, epoch, part.name))(places)
         chosen: list[PlanSample | None] = [None] * self.micro_batch
         offset = 0
-        for source, drawn in plan.drawn.items():
+        for source, drawn in part.drawn.items():
             mine = np.flatnonzero((places >= offset) & (places < offset + drawn))
             if mine.size:
-                units = self._units(plan, source, epoch, places[mine] - offset)
+                units = self._units(part, source, epoch, places[mine] - offset)
                 for slot, unit in zip(mine.tolist(), units.tolist(), strict=True):
-                    chosen[slot] = self._sample(plan, source, epoch, unit)
+                    chosen[slot] = self._sample(plan, part, source, epoch, unit, size)
             offset += drawn
         assert all(sample is not None for sample in chosen), "places of the sources cover the epoch"
         return tuple(sample for sample in chosen if sample is not None)
 
-    def _units(self, plan: _KindPlan, source: str, epoch: int, local: np.ndarray) -> np.ndarray:
+    def _drawn_size(self, plan: _KindPlan, epoch: int, number: int) -> int:
+        """Views of the sets of a micro-batch where they are not planned; 0 for kinds of another sampler."""
+        one = next(iter(plan.samplers.values()))
+        if not isinstance(one, WalkSampler):
+            return 0
+        return one.sizes[key64("views", self.seed, epoch, plan.name, number) % len(one.sizes)]
+
+    def _units(self, part: _Part, source: str, epoch: int, local: np.ndarray) -> np.ndarray:
         """Unit positions of the ``local``-th draws of a source in an epoch.
 
         A permutation of all units is cut into pieces of one epoch each; when it is used up a new one begins.
         """
-        size, drawn = len(plan.pools[source]), plan.drawn[source]
+        size, drawn = len(part.pools[source]), part.drawn[source]
         turn, piece = divmod(epoch, size // drawn)
-        shuffled = Permutation(size, key64("units", self.seed, turn, plan.name, source))
+        shuffled = Permutation(size, key64("units", self.seed, turn, part.name, source))
         return shuffled(local + piece * drawn)
 
-    def _in_order(self, plan: _KindPlan, place: int, total: int) -> PlanSample:
+    def _in_order(self, plan: _KindPlan, part: _Part, place: int, total: int, size: int) -> PlanSample:
         """Unit ``place`` of all sources in order; beyond the last one a filler of weight 0."""
         offset, wrapped = 0, place % total
-        for source, pool in plan.pools.items():
+        for source, pool in part.pools.items():
             if wrapped < offset + len(pool):
-                sample = self._sample(plan, source, 0, wrapped - offset)
+                sample = self._sample(plan, part, source, 0, wrapped - offset, size)
                 break
             offset += len(pool)
         if place < total:
             return sample
         return dataclasses.replace(sample, id=f"{sample.id}+{place // total}", weight=0.0)
 
-    def _sample(self, plan: _KindPlan, source: str, epoch: int, position: int) -> PlanSample:
-        pool = plan.pools[source]
+    def _sample(self, plan: _KindPlan, part: _Part, source: str, epoch: int, position: int, size: int) -> PlanSample:
+        pool = part.pools[source]
         entry, unit = pool.locate(position)
         item = pool.ids[entry].as_py()
         seed = key64("sample", self.seed, epoch, plan.name, source, item, unit) >> 1
         random = np.random.default_rng(seed)
         broken = pool.broken.get(entry, frozenset())
-        draw = plan.samplers[source].draw(int(pool.n_views[entry]), unit, random, broken, item)
+        made, n_views = plan.samplers[source], int(pool.n_views[entry])
+        if isinstance(made, WalkSampler):
+            draw = made.draw(n_views, unit, random, broken, item, size)
+        else:
+            draw = made.draw(n_views, unit, random, broken, item)
         return PlanSample(
             id=sample_id(source, item, plan.name, unit),
             source=source,
@@ -342,7 +436,23 @@ def _indices(
 def _sampler(kind: str, config: RunConfig, source: str, indices: Mapping[str, PairIndex]) -> Sampler:
     """The sampler of a kind for one source."""
     index = indices.get(source)
-    return sampler(kind, config, None if index is None else {scene: index.of(scene) for scene in index.facts})
+    pairs = None if index is None else {scene: index.of(scene) for scene in index.facts}
+    return sampler(kind, config, pairs, source)
+
+
+def _sizes(samplers: Iterable[Sampler]) -> Sequence[int]:
+    """The numbers of views that divide a kind into parts; (0,) for a kind that is not divided."""
+    made = next(iter(samplers), None)
+    return made.sizes if isinstance(made, WalkSampler) and made.planned else (0,)
+
+
+def _too_short(samplers: Mapping[str, Sampler]) -> list[str]:
+    """What a source must have for the largest view set."""
+    return [
+        f"{name}: a scene needs at least {made.sizes[-1]} views, the largest set of recipe.view_set.views"
+        for name, made in samplers.items()
+        if isinstance(made, WalkSampler)
+    ]
 
 
 def _steps_without_repetition(pools: Mapping[str, Pool], weights: Mapping[str, float], size: int) -> int:

@@ -58,7 +58,9 @@ def column_requests(
                 f"sample {sample.id!r} has {len(views)} views of role {feature.views!r} where encoder "
                 f"{feature.encoder!r} reads {allowed}; its roles are {[view.role.value for view in sample.views]}"
             )
-        part = sample if len(views) == len(sample.views) else dataclasses.replace(sample, views=views)
+        if feature.plain:
+            views = tuple(dataclasses.replace(view, role=Role.CONTEXT) for view in views)
+        part = sample if views == sample.views else dataclasses.replace(sample, views=views)
         name = chosen_encoder(feature, sample)
         shown = None
         if pixels is not None:
@@ -98,6 +100,6 @@ def chosen_encoder(feature: FeatureInput, sample: PlanSample) -> str:
 def reads_one_by_one(name: str, config: RunConfig) -> bool:
     """Whether a record of encoder ``name`` is of one view; False where it reads all views of a sample together."""
     settings = encoder_config(name, config)
-    while settings.upstream:
+    while settings.upstream and input_kind(settings.family) is not InputKind.VIEWS:
         settings = encoder_config(settings.upstream, config)
     return input_kind(settings.family) is InputKind.IMAGE

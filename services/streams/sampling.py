@@ -20,6 +20,7 @@ from configs import ConfigError, RunConfig
 from configs.schema import ViewSetConfig
 from services.contracts import Role, ViewRole
 from services.streams.conversations import ConversationSampler
+from services.streams.view_walks import WalkSampler
 
 _NONE: frozenset[int] = frozenset()
 
@@ -247,12 +248,17 @@ def _pair(values: list[int], key: str, least: int) -> tuple[int, int]:
     return values[0], values[1]
 
 
-#: Kind -> sampler, the same for all sources.
-SAMPLERS: dict[str, Callable[[RunConfig], Sampler]] = {
-    "view": lambda _: ViewSampler(),
-    "view_set": lambda config: ViewSetSampler(config.recipe.view_set),
-    "item": lambda _: ItemSampler(),
-    "conversation": lambda _: ConversationSampler(),
+def _view_sets(config: RunConfig, source: str) -> Sampler:
+    settings = config.recipe.view_set
+    return WalkSampler(settings, source) if settings.scheme == "walks" else ViewSetSampler(settings)
+
+
+#: Kind -> (config, source) -> sampler.
+SAMPLERS: dict[str, Callable[[RunConfig, str], Sampler]] = {
+    "view": lambda *_: ViewSampler(),
+    "view_set": _view_sets,
+    "item": lambda *_: ItemSampler(),
+    "conversation": lambda *_: ConversationSampler(),
 }
 #: Kind -> whether the order of a pair counts. Their sampler is made for each source from its co-visibility index.
 PAIR_KINDS: dict[str, bool] = {"pair": False, "generation": True}
@@ -263,8 +269,8 @@ def needs_pairs(config: RunConfig) -> bool:
     return any(share > 0 for kind, share in config.recipe.quotas.items() if kind in PAIR_KINDS)
 
 
-def sampler(kind: str, config: RunConfig, pairs: Mapping[str, np.ndarray] | None = None) -> Sampler:
-    """The sampler of ``kind``; ConfigError lists the kinds there are.
+def sampler(kind: str, config: RunConfig, pairs: Mapping[str, np.ndarray] | None = None, source: str = "") -> Sampler:
+    """The sampler of ``kind`` for ``source``; ConfigError lists the kinds there are.
 
     ``pairs`` (item -> views (P, 2)) is what one source has of them; a kind made of pairs needs it.
     """
@@ -275,7 +281,7 @@ def sampler(kind: str, config: RunConfig, pairs: Mapping[str, np.ndarray] | None
     if kind not in SAMPLERS:
         allowed = sorted({*SAMPLERS, *PAIR_KINDS})
         raise ConfigError(f"recipe.quotas names the kind {kind!r}; allowed are {allowed}")
-    return SAMPLERS[kind](config)
+    return SAMPLERS[kind](config, source)
 
 
 class Pool:
@@ -296,9 +302,15 @@ class Pool:
 
     @classmethod
     def of(
-        cls, kind: str, source: str, entries: Iterable[EntryLike], sampler: Sampler, quarantine: frozenset[str]
+        cls,
+        kind: str,
+        source: str,
+        entries: Iterable[EntryLike],
+        sampler: Sampler,
+        quarantine: frozenset[str],
+        size: int = 0,
     ) -> Pool:
-        """Units of ``entries``.
+        """Units of ``entries``; with ``size`` only planned view sets of so many views.
 
         ``quarantine`` holds item ids, ``source/item`` ids, ids of single samples, and of single views
         (``source/item#viewN``): no sample of any kind holds such a view.
@@ -316,6 +328,8 @@ class Pool:
             if entry.id in views:
                 broken[len(ids)] = views[entry.id]
                 gone.update(sampler.spoiled(entry, views[entry.id]))
+            if size and isinstance(sampler, WalkSampler):
+                gone.update(unit for unit in range(units) if sampler.size_of(entry.id, unit) != size)
             removed += [begin + unit for unit in gone if unit < units]
             ids.append(entry.id)
             n_views.append(entry.n_views)

@@ -1,8 +1,9 @@
 """What a model is to predict of a sample's views, or reads of them beside features: named readers.
 
-``depth``, ``labels``, ``scene_type``, ``image``, ``camera`` (``K`` and ``pose``) and ``matches`` (with
-``match_valid``); which of them a kind has, and at which size, its declaration says (:mod:`services.streams.inputs`).
-All of them are cut and resized exactly as the encoders' images are.
+``depth``, ``labels``, ``scene_type``, ``image``, ``camera`` (``K`` and ``pose``), ``matches`` (with ``match_valid``),
+``roles`` (True for a target) and ``size`` ((height, width) of the pictures as they are cut); which of them a kind has,
+and at which size, its declaration says (:mod:`services.streams.inputs`). All of them are cut and resized exactly as the
+encoders' images are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from configs import RunConfig
 from models import draws
 from models.spec import TensorSpec
-from services.contracts import DepthRef, Intrinsics, PlanSample, Record, Tensor, View
+from services.contracts import DepthRef, Intrinsics, PlanSample, Record, Role, Tensor, View
 from services.data.images import describe, load_depth, load_image
 from services.errors import ConfigError, DataError
 from services.features.store import FeatureStore
@@ -97,6 +98,8 @@ class Targets:
             "image": _images,
             "camera": _cameras,
             "matches": self._matches,
+            "roles": _roles,
+            "size": _size,
         }
         # Decoding and projecting release the interpreter's lock.
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 2), thread_name_prefix="targets")
@@ -135,6 +138,8 @@ class Targets:
                 "matches": TensorSpec(shape=(2, matches), dtype="int32"),
                 "match_valid": TensorSpec(shape=(matches,), dtype="bool"),
             },
+            "roles": {"roles": TensorSpec(shape=views, dtype="bool")},
+            "size": {"size": TensorSpec(shape=(2,), dtype="int64")},
         }
         return {column: spec for name in declared.targets for column, spec in known[name].items()}
 
@@ -266,6 +271,14 @@ def _cameras(ask: Ask) -> Record:
         K = [cut_camera(intrinsics, *ask.size) for intrinsics, _ in cameras]
         poses = [pose.astype(np.float32) for _, pose in cameras]
     return {"K": _stacked(K, ask, "float32"), "pose": _stacked(poses, ask, "float32")}
+
+
+def _roles(ask: Ask) -> Record:
+    return {"roles": _stacked([np.asarray(view.role is Role.TARGET) for view in ask.sample.views], ask, "bool")}
+
+
+def _size(ask: Ask) -> Record:
+    return {"size": Tensor(data=np.array(ask.size, np.int64), dtype="int64")}
 
 
 def camera(ask: Ask, view: View) -> tuple[Intrinsics, np.ndarray]:

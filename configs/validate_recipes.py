@@ -1,0 +1,55 @@
+"""Rules over several keys of ``recipe``, one message for every violation; called by :mod:`configs.validate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.convert import nearest
+from configs.schema import RunConfig
+
+#: What Spa3R can predict.
+PREDICTED = ("geo", "sem", "clip")
+
+
+def view_sets(config: RunConfig) -> Iterator[str]:
+    """What ``recipe.view_set`` breaks, and what the recipes that draw by it need."""
+    sets = config.recipe.view_set
+    ranges = {"views": sets.views, "interval": sets.interval}
+    ranges |= {f"intervals.{source}": ends for source, ends in sets.intervals.items()}
+    for key, ends in ranges.items():
+        if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+            yield f"recipe.view_set.{key}={ends} must be [smallest,largest], with 1 <= smallest <= largest"
+    for source in sets.intervals:
+        if source not in config.data.sources:
+            yield (
+                f"recipe.view_set.intervals.{source}: no such source.{nearest(source, config.data.sources)} "
+                f"Sources: {', '.join(config.data.sources)}"
+            )
+    if sets.scheme != "walks" and (sets.plans_per_scene or sets.intervals or sets.partitions != 1):
+        yield (
+            f"recipe.view_set.scheme={sets.scheme} has no plans_per_scene, partitions or intervals; "
+            "set recipe.view_set.scheme=walks"
+        )
+    if config.recipe.name == "spa3r_pretrain":
+        yield from _spa3r(config)
+
+
+def _spa3r(config: RunConfig) -> Iterator[str]:
+    sets, spa3r = config.recipe.view_set, config.recipe.spa3r
+    if sets.scheme != "walks":
+        yield f"recipe.view_set.scheme={sets.scheme}: recipe spa3r_pretrain needs walks, whose view 0 is context"
+    if len(sets.views) == 2 and sets.views[0] < 2:
+        yield (
+            f"recipe.view_set.views={sets.views}: a set of one view has nothing to predict; "
+            "recipe spa3r_pretrain needs at least 2"
+        )
+    if sets.target_ratio == 0:
+        yield "recipe.view_set.target_ratio=0: recipe spa3r_pretrain needs targets; the paper has 0.5"
+    if not spa3r.asymmetric and spa3r.targets == "joint":
+        yield (
+            "recipe.spa3r.targets=joint contradicts recipe.spa3r.asymmetric=false, which makes two plain passes; "
+            "set recipe.spa3r.targets=symmetric"
+        )
+    unknown = sorted(set(spa3r.predict) - set(PREDICTED))
+    if unknown or not spa3r.predict or len(set(spa3r.predict)) != len(spa3r.predict):
+        yield f"recipe.spa3r.predict={spa3r.predict} must be some of {', '.join(PREDICTED)}, each once"
