@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from actors import driver
 from services.features import writer
 from tests.support.probe_runs import losses, small_run
+from tests.support.uniugg_parts import save_part
 
 pytestmark = pytest.mark.e2e
 
@@ -44,6 +46,27 @@ def test_every_family_of_encoder_trains_a_probe(family: str, tmp_path: Path) -> 
     )
     assert sorted(losses(result.folder)) == [1, 2]
     assert 0 < result.metrics["depth_linear/abs_rel"]["value"] < 5
+
+
+def test_an_encoder_that_a_run_has_trained_is_judged_like_any_other(tmp_path: Path) -> None:
+    """Depth, segmentation and k-NN of the first phase's student, as of RADIO that it is compared with."""
+    save_part(tmp_path / "storage" / "runs" / "uniugg_encoder-tiny" / "weights" / "encoder", "encoder")
+    result = driver.train(
+        small_run(
+            tmp_path,
+            "encoder=uniugg-encoder-tiny",
+            "encoders.features.arch={}",
+            "encoders.features.layers=[]",
+            "encoders.features.height=64",
+            "encoders.features.width=64",
+            "trainer.steps=2",
+            "trainer.validate_every=0",
+            "trainer.accumulation=1",
+        )
+    )
+    for metric in ("depth_linear/abs_rel", "depth_dpt/abs_rel", "segmentation/miou", "knn/view_top1", "knn/scene_top1"):
+        assert math.isfinite(result.metrics[metric]["value"]), metric
+    assert json.loads((result.folder / "evaluation.json").read_text())["metrics"].keys() == result.metrics.keys()
 
 
 @pytest.mark.parametrize(
