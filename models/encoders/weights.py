@@ -150,13 +150,19 @@ def _stored_tensors(file: Path) -> Iterator[tuple[str, str, list[int], int, int]
             yield name, entry["dtype"], entry["shape"], 8 + length + start, 8 + length + end
 
 
-def stored_digest(folder: Path) -> str:
+def stored_digest(folder: Path, prefixes: Sequence[str] = ("",)) -> str:
     """sha256 over the stored tensors of a folder in order of their names: name, dtype, shape, bytes.
 
     The same tensors in one file or many give the same digest; the metadata and the order in the file do not count.
+    Of a network in several parts only those tensors may count whose names begin with one of ``prefixes``.
     """
     digest = hashlib.sha256()
-    tensors = [(entry, file) for file in weight_files(folder) for entry in _stored_tensors(file)]
+    tensors = [
+        (entry, file)
+        for file in weight_files(folder)
+        for entry in _stored_tensors(file)
+        if entry[0].startswith(tuple(prefixes))
+    ]
     for (name, dtype, shape, start, end), file in sorted(tensors, key=lambda item: item[0][0]):
         digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
         with file.open("rb") as stream:
