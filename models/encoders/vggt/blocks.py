@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,12 @@ from models.layers.block import LayerScale, Mlp
 Grid = tuple[int, int]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def exactly(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the tensor's device: what is computed inside keeps the dtypes that it is given."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 class ScaledBlock(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.encoders.vggt.blocks import ScaledBlock
+from models.encoders.vggt.blocks import ScaledBlock, exactly
 from models.encoders.vggt.poses import ENCODING
 from models.layers.block import Mlp
 from models.layers.linear import Linear
@@ -57,7 +57,7 @@ class CameraHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """Camera tokens (B, V, width) -> float32 pose encodings (B, V, 9) of every iteration, the last one is best."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with exactly(tokens):
             return self._refine(self.token_norm(tokens.float()))
 
     def _refine(self, tokens: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.encoders.vggt.blocks import Grid
+from models.encoders.vggt.blocks import Grid, exactly
 from models.errors import ModelError
 from models.layers.dpt import LEVELS, ResidualUnit
 
@@ -104,7 +104,7 @@ class DenseHead(nn.Module):
         """
         batch, views = outputs[0].shape[:2]
         flat = [output.flatten(0, 1) for output in outputs]
-        with torch.autocast(flat[0].device.type, enabled=False):
+        with exactly(flat[0]):
             parts = [
                 self._read([output[start : start + (chunk or len(output))] for output in flat], grid)
                 for start in range(0, batch * views, chunk or batch * views)

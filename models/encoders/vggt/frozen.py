@@ -274,7 +274,7 @@ class VggtViews(FrozenEncoder):
 
         hidden = torch.arange(views, device="cpu")[None] >= views - targets
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model = self._stripped(self.part.make())
+            model = self._stripped(self.part.make().requires_grad_(False))
             self._run(model, torch.empty(1, views, self.grid[0] * self.grid[1], self.shape[3]), hidden)
         return int(counter.get_total_flops())
 
