@@ -44,6 +44,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "mast3r": ("mast3r-", "mast3r-tiny"),
     "vggt_patches": ("vggt-", "vggt-tiny"),
     "vggt": ("vggt-", "vggt-tiny"),
+    "spa3r": ("spa3r-", "spa3r-tiny"),
     "uniugg_vae": ("spatial-vae-", "spatial-vae-tiny"),
     "uniugg_reconstruction": ("spatial-vae-", "spatial-vae-tiny"),
 }

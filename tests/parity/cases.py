@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
@@ -245,5 +246,183 @@ def _run_vggt(model: Any, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
     return outputs
 
 
+# Spa3-VLM -------------------------------------------------------------------------------------------------------------
+
+
+def _spa3vlm(meta: Meta) -> nn.Module:
+    """``adapter`` may set the switches of the adapter; without it, it is that of the published weights."""
+    from models.spa3r.vlm.model import Spa3VLM
+    from models.spa3r.vlm.reference import Spa3VlmReference
+
+    config = meta["config"]
+    text = dict(config["qwen2_5_vl"])
+    vision, tied = text.pop("vision_config"), text.pop("tie_word_embeddings", False)
+    tokens = {key: text.pop(key) for key in [*text] if key.endswith("_token_id")}
+    vocabulary, sections = text.pop("vocab_size"), text.pop("mrope_section", [16, 24, 24])
+    theta = text.pop("rope_theta", 1e6)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
+    vlm = Spa3VLM(
+        language={"text_config": text, "vision_config": vision, "tie_word_embeddings": tied},
+        vocab_size=vocabulary,
+        image_token_id=tokens["image_token_id"],
+        latent_channels=config["spa3r"]["embed_dim"],
+        adapter=config.get("adapter", {}),
+        vision=True,
+        attention="sdpa",
+    )
+    return Spa3VlmReference(KINDS["spa3r"].build(_geometry(meta)), vlm)
+
+
+def _geometry(meta: Meta) -> Meta:
+    """The case of the frozen Spa3R inside: all views are context."""
+    return {**meta, "config": meta["config"]["spa3r"], "mode": "predict"}
+
+
+def _run_spa3vlm(model: Any, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
+    from models.spa3r.vlm.reference import image_batch
+
+    with torch.no_grad():
+        latents = KINDS["spa3r"].run(model.geometry, _geometry(meta), {"images": inputs["frames"]})["latents"]
+    vlm, ids = model.vlm, inputs["ids"]
+    batch = image_batch(vlm, ids, inputs["pixel_values"], inputs["grid"], latents)
+    order = torch.arange(batch["visual"].shape[1])
+    valid = order < batch["visual_lengths"][:, None]
+    parts = vlm.adapter.parts(batch["visual"], latents)
+    logits = vlm.logits(vlm.hidden(batch))
+    outputs = {
+        "logits": logits,
+        "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()),
+        "latents": latents,
+        "visual": batch["visual"][valid],
+        "geometry_projector": parts["projected"],
+        "cross": parts["attended"][valid][None],
+        "ln": parts["normed"][valid],
+        "adaptor": parts["residual"][valid],
+        "fused": (batch["visual"] + parts["update"])[valid],
+    }
+    return {**outputs, "gate": parts["gate"][valid]} if "gate" in parts else outputs
+
+
+# PRoPE and Spa3R ------------------------------------------------------------------------------------------------------
+
+
+class _Prope(nn.Module):
+    """PRoPE attention; a case does not say how wide a head is, its inputs do."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.grid = (config["patches_y"], config["patches_x"])
+        self.patch = config.get("patch_size", 14)
+        self.base = float(config.get("rope_base", config.get("freq_base", 100)))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        from models.layers.prope import Prope, projection_matrices, prope_attention
+
+        q, extrinsics = inputs["q"], inputs["viewmats"]
+        size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        K = inputs.get("Ks")
+        if K is None:  # PRoPE without intrinsics is that of a camera whose projection is its pose
+            K = torch.tensor([[size[1], 0, size[1] / 2], [0, size[0], size[0] / 2], [0, 0, 1.0]])
+            K = K.expand(*extrinsics.shape[:-2], 3, 3)
+        positions = Prope(q.shape[-1], self.base)(*projection_matrices(extrinsics, K, size), self.grid)
+        mask = inputs.get("spatial_mask")
+        if mask is None:
+            mask = torch.ones(q.shape[-2])
+        return prope_attention(q, inputs["k"], inputs["v"], positions, mask=mask)
+
+
+class _StandIn(nn.Module):
+    """One convolution in the place of DINOv3."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        patch = config.get("patch_size", 16)
+        self.conv = nn.Conv2d(3, config["dim"], patch, stride=patch)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.conv(pictures).permute(0, 2, 3, 1)
+
+
+def _spa3r(meta: Meta) -> nn.Module:
+    """What no configuration names is as in Spa3R's own code."""
+    from models.spa3r.model import Spa3R
+    from models.spa3r.reference import Spa3rReference
+
+    config = meta["config"]
+    inner = dict(config["vggt"])
+    if "qk_norm_global" in config:
+        inner["qk_norm_global"] = config["qk_norm_global"]
+    channels, semantic = 2 * inner["embed_dim"], config.get("semantic")
+    spa3r = Spa3R(
+        channels=channels,
+        width=config["embed_dim"],
+        heads=config["num_heads"],
+        encoder_layers=config["encoder_layers"],
+        decoder_layers=config["decoder_layers"],
+        queries=config["num_queries"],
+        registers=config.get("num_register_tokens", config.get("num_registers", 4)),
+        mlp_ratio=config.get("mlp_ratio", 4),
+        targets={"geo": channels, **({"sem": semantic["dim"]} if semantic else {})},
+        camera="prope",
+        depth_probe=config.get("depth_probe", True),
+        rope_base=config.get("rope_base", 100.0),
+    )
+    return Spa3rReference(vggt_from_config(inner), spa3r, _StandIn(semantic) if semantic else None)
+
+
+def _objective(config: Mapping[str, Any], model: Any) -> Any:
+    """The losses by the words that a case has for them: ``smooth_l1 + cosine, all views``."""
+    from models.spa3r.losses import FieldObjective
+
+    words = str(config.get("loss", "smooth_l1, all views")).lower()
+    return FieldObjective(
+        loss="smooth_l1" if "smooth" in words else "l1",
+        loss_views=config.get("loss_views", "targets" if "target" in words else "all"),
+        targets=tuple(model.spa3r.heads),
+        depth_probe=model.spa3r.depth_prob is not None,
+    )
+
+
+def _run_spa3r(model: Any, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
+    parts = ("projection", "encoder", "pose_tokenizer", "decoder")
+    seen_by: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, given, got: seen_by.__setitem__(name, (given[0], got))
+
+    handles = [getattr(model.spa3r, name).register_forward_hook(note(name)) for name in parts]
+    try:
+        if meta.get("mode", "loss") == "predict":
+            frozen = model.frozen(inputs["images"], None, asymmetric=True, probe=False)
+            outputs = {"latents": model.predict(inputs["images"])}
+        else:
+            objective = _objective(meta["config"], model)
+            asymmetric = bool(meta.get("asymmetric", True))
+            frozen, field, losses = model(
+                inputs["images"], inputs["view_mask"].bool(), objective, asymmetric=asymmetric
+            )
+            named = {name.replace("_l1", "/l1").replace("_cosine", "/cos"): value for name, value in losses.items()}
+            outputs = {f"loss/{name.replace('depth_probe', 'depth_prob')}": value for name, value in named.items()}
+            total = torch.stack(list(losses.values())).sum()
+            outputs |= {"loss/total": total, "loss": total, "latents": field.latents}
+            outputs |= {f"pred_{name}": tensor for name, tensor in field.predicted.items()}
+            outputs |= {"rays": seen_by["pose_tokenizer"][0], "ray_embed": seen_by["pose_tokenizer"][1]}
+            outputs["decoder"] = seen_by["decoder"][1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs |= {"agg_last": frozen.last, "pose_enc": frozen.pose, "f_ctx": frozen.context}
+    outputs |= {name: seen_by[name][1] for name in ("projection", "encoder")}
+    if frozen.semantic is not None:
+        outputs["dino_target"] = frozen.semantic
+    return outputs
+
+
 #: ``config.model`` of a case -> how to build and run it.
-KINDS: dict[str, Kind] = {"mast3r": Kind(_mast3r, _run_mast3r), "vggt": Kind(_vggt, _run_vggt)}
+KINDS: dict[str, Kind] = {
+    "mast3r": Kind(_mast3r, _run_mast3r),
+    "vggt": Kind(_vggt, _run_vggt),
+    "prope": Kind(lambda meta: _Prope(meta["config"]), lambda model, _, inputs: {"o": model(inputs)}),
+    "spa3r": Kind(_spa3r, _run_spa3r),
+    "spa3-vlm": Kind(_spa3vlm, _run_spa3vlm),
+}
