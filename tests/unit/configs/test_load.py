@@ -19,6 +19,7 @@ EXTRA = {  # what an option cannot do without
     "backend/zero3": ["trainer.ema=0"],
     "cluster/mixed-gpus": ["trainer.micro_batch=16"],
     "cluster/mixed-gpus-joint": ["recipe=uniugg_joint", "trainer.micro_batch=16"],
+    "cluster/mixed-gpus-language": ["recipe=uniugg_align", "trainer.micro_batch=16"],
     # Parts of UniUGG stand beside each other under `encoders`, for recipes that look for them by name.
     **{f"encoder/uniugg-vit-{size}": ["recipe=uniugg_vae"] for size in ("tiny", "small", "paper")},
     **{f"encoder/uniugg-frozen-{size}": ["recipe=uniugg_joint"] for size in ("tiny", "small", "paper")},
