@@ -15,7 +15,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from models.errors import ModelError
-from models.text.tokenizer import IMAGE, IMAGE_END, IMAGE_START, RAY_END, RAY_START, RAYMAP, token_id
+from models.text.tokenizer import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    RAY_END,
+    RAY_START,
+    RAYMAP,
+    VISION_TOKENS,
+    token_id,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +38,8 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 
 Turns = Sequence[tuple[str, str]]
 """(role, text) in order."""
+Images = int | Sequence[int]
+"""How many images a conversation has, or the placeholders of each of them."""
 
 
 @dataclass(kw_only=True)
@@ -63,9 +74,11 @@ class Chat:
     Args:
         tokenizer: as :func:`models.text.load_tokenizer` gives it; ModelError when one of our special tokens is
             missing or its template does not end an assistant's turn.
-        tokens_per_image: placeholders of an image.
+        tokens_per_image: placeholders of an image, where a conversation does not say how many each of its own has.
         queries: raymap placeholders of a generation prompt; as many as an image has by default.
         system: put before conversations without a system turn; "" leaves that to the template.
+        vision: image blocks as Qwen's vision-language models read them: their own tokens, and no line break between
+            an image and the question.
 
     Safe to use from several threads.
     """
@@ -77,15 +90,16 @@ class Chat:
         tokens_per_image: int,
         queries: int | None = None,
         system: str = "",
+        vision: bool = False,
     ) -> None:
         from tokenizers import Tokenizer
 
         if tokens_per_image < 1 or (queries is not None and queries < 1):
             raise ModelError(f"an image needs at least one token, got {tokens_per_image} and {queries} queries")
         self.tokenizer = tokenizer
-        self.system = system
-        start, image, end = (token_id(tokenizer, name) for name in (IMAGE_START, IMAGE, IMAGE_END))
-        self._image = [start, *[image] * tokens_per_image, end]
+        self.system, self.vision, self.tokens_per_image = system, vision, tokens_per_image
+        names = VISION_TOKENS if vision else (IMAGE_START, IMAGE, IMAGE_END)
+        self._image = tuple(token_id(tokenizer, name) for name in names)
         start, ray, end = (token_id(tokenizer, name) for name in (RAY_START, RAYMAP, RAY_END))
         self._rays = [start, *[ray] * (tokens_per_image if queries is None else queries), end]
         self._control = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -101,8 +115,8 @@ class Chat:
         self.end_of_turn = frame.ids[2][frame.ends[2] - 1]
         """Id of the token that ends an answer: where a model that generates stops."""
 
-    def conversation(self, turns: Turns, images: int = 0) -> Encoded:
-        """A whole conversation for training.
+    def conversation(self, turns: Turns, images: Images = 0) -> Encoded:
+        """A whole conversation for training. ``images`` is how many there are, or the placeholders of each.
 
         ``<image>`` in users' turns becomes an image block; images without one stand before the first user's text.
         Blocks are filled in order. A conversation that begins with an answer gets an empty question before it.
@@ -116,7 +130,7 @@ class Chat:
             raise ModelError(missing)
         return self._encode(turns, images, generate=False)
 
-    def question(self, turns: Turns, images: int = 0) -> Encoded:
+    def question(self, turns: Turns, images: Images = 0) -> Encoded:
         """A prompt that ends where the answer begins, unsupervised. Marks and images as in :meth:`conversation`."""
         turns = self._checked(turns)
         if turns[-1][0] == "assistant":
@@ -132,7 +146,7 @@ class Chat:
         if self.system:
             encoded.add(self._text_ids(self.system))
             encoded.add(frame.ids[1])
-        encoded.add(self._image)
+        encoded.add(self._block(self.tokens_per_image))
         encoded.add(self._rays)
         return encoded
 
@@ -153,32 +167,47 @@ class Chat:
             checked.insert(first, ("user", ""))
         return checked
 
-    def _encode(self, turns: Turns, images: int, *, generate: bool) -> Encoded:
+    def _encode(self, turns: Turns, images: Images, *, generate: bool) -> Encoded:
+        counts = [self.tokens_per_image] * images if isinstance(images, int) else list(images)
+        if any(count < 1 for count in counts):
+            raise ModelError(f"an image needs at least one token, got {counts}")
+        if self.vision:
+            turns = [
+                (role, text.replace(f"{IMAGE_MARK}\n", IMAGE_MARK) if role == "user" else text) for role, text in turns
+            ]
         marks = sum(text.count(IMAGE_MARK) for role, text in turns if role == "user")
-        if marks > images:
-            raise ModelError(f"the conversation has {marks} marks {IMAGE_MARK} and {images} images")
+        if marks > len(counts):
+            raise ModelError(f"the conversation has {marks} marks {IMAGE_MARK} and {len(counts)} images")
         frame = self._frame(tuple(role for role, _ in turns), generate)
         texts = self._rendered_texts(turns, frame, generate)
         encoded = Encoded()
-        in_front = images - marks
+        blocks = [self._block(count) for count in counts]
+        in_front = len(blocks) - marks
         for (role, _), text, part, end in zip(turns, texts, frame.ids, frame.ends, strict=False):
             _add_part(encoded, part, end)
             if role != "user":
                 encoded.add(self._text_ids(text), role == "assistant")
                 continue
-            encoded.add(self._image * in_front)
-            self._add_question(encoded, f"\n{text}" if in_front and text else text)
+            gap = "\n" if in_front and text and not self.vision else ""
+            for _ in range(in_front):
+                encoded.add(blocks.pop(0))
+            self._add_question(encoded, gap + text, blocks)
             in_front = 0
         _add_part(encoded, frame.ids[-1], frame.ends[-1])
         if in_front:
-            raise ModelError(f"the conversation has {images} images and no user's turn to put them in")
+            raise ModelError(f"the conversation has {len(counts)} images and no user's turn to put them in")
         return encoded
 
-    def _add_question(self, encoded: Encoded, text: str) -> None:
-        """A user's text, with image blocks in the places of marks."""
+    def _block(self, count: int) -> list[int]:
+        """An image of ``count`` placeholders."""
+        start, image, end = self._image
+        return [start, *[image] * count, end]
+
+    def _add_question(self, encoded: Encoded, text: str, blocks: list[list[int]]) -> None:
+        """A user's text, with the next image blocks in the places of marks."""
         for place, piece in enumerate(text.split(IMAGE_MARK)):
             if place:
-                encoded.add(self._image)
+                encoded.add(blocks.pop(0))
             encoded.add(self._text_ids(piece))
 
     def _text_ids(self, text: str) -> list[int]:

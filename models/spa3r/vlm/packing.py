@@ -50,6 +50,24 @@ def pack(prefix: Sequence[int], questions: Sequence[tuple[Sequence[int], Sequenc
     )
 
 
+def pack_samples(samples: Sequence[tuple[Sequence[int], Sequence[bool]]], image_token_id: int) -> Packed:
+    """Whole samples (ids and which are supervised) about one video as one, behind what they all begin with.
+
+    ModelError when they do not begin with the same images.
+    """
+    if not samples:
+        raise ModelError("there is no sample to pack")
+    rows = [list(ids) for ids, _ in samples]
+    asked = [list(marks).index(True) if any(marks) else len(marks) for _, marks in samples]
+    common = min(shared_start(rows), *asked) if len(rows) > 1 else min(len(rows[0]) - 1, asked[0])
+    if any(image_token_id in row[common:] for row in rows):
+        raise ModelError(
+            f"the {len(rows)} samples share their first {common} tokens and have images behind these: only questions "
+            "about the same frames can be packed"
+        )
+    return pack(rows[0][:common], [(ids[common:], marks[common:]) for ids, marks in samples])
+
+
 def unpack(packed: Packed) -> list[Packed]:
     """The same questions as samples of their own, each with the whole prefix; the inverse of :func:`pack`."""
     front = packed.segments.count(PREFIX)
