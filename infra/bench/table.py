@@ -45,7 +45,7 @@ def _number(value: float, unit: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a group that describes its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("group", choices=("joint",))
+    parser.add_argument("group", choices=("joint", "spa3r"))
     parser.add_argument("--results", type=Path, help="default: infra/bench/results/<group>.jsonl")
     args = parser.parse_args(argv)
     path = args.results or RESULTS / f"{args.group}.jsonl"

@@ -61,12 +61,12 @@ class Attention(nn.Module):
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         if context:
-            return self.proj(_context_first(q, k, v, context).flatten(2))
+            return self.proj(context_first_attention(q, k, v, context).flatten(2))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-def _context_first(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
+def context_first_attention(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     """Queries, keys and values (B, heads, N, width) -> (B, N, heads, width); see :meth:`Attention.forward`."""
     among = F.scaled_dot_product_attention(q[:, :, :context], k[:, :, :context], v[:, :, :context])
     beyond = F.scaled_dot_product_attention(q[:, :, context:], k, v)

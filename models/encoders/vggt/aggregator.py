@@ -99,7 +99,9 @@ class Aggregator(nn.Module):
         if patches != grid[0] * grid[1]:
             raise ModelError(f"VGGT: {patches} patch tokens a view are no grid of {grid[0]}x{grid[1]}")
         order, contexts = context_first(targets, batch, views)
-        x = torch.cat([self._specials(batch, views), _take(patch_tokens.to(self.camera_token.dtype), order)], dim=2)
+        x = torch.cat(
+            [self.special_tokens(batch, views), _take(patch_tokens.to(self.camera_token.dtype), order)], dim=2
+        )
         length = x.shape[2]
         within = self.rope(grid, prefix=self.prefix, first=1)
         over = self.rope(grid, prefix=self.prefix, first=1, views=views)
@@ -119,7 +121,7 @@ class Aggregator(nn.Module):
             raise ModelError(f"VGGT: there are no layers {wrong} to keep: layers count from 0 to {depth - 1}")
         return set(keep)
 
-    def _specials(self, batch: int, views: int) -> Tensor:
+    def special_tokens(self, batch: int, views: int) -> Tensor:
         """Camera and register tokens (B, V, prefix, width); view 0 has its own, and stays first in any order."""
         tokens = torch.cat([self.camera_token, self.register_token], dim=2)
         return torch.cat([tokens[:, :1], tokens[:, 1:].expand(-1, views - 1, -1, -1)], dim=1).expand(batch, -1, -1, -1)

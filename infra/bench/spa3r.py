@@ -1,0 +1,35 @@
+"""``make bench NAME=spa3r``: VGGT, Spa3R's training on cached features, and Spa3-VLM; collected here."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from infra.bench.harness import Bench, main
+
+#: Each has a ``TABLE`` of benchmarks.
+GROUPS = ("spa3r_vggt",)
+
+_DENSE = "the same with the dense boolean mask, made once"
+_EXPLICIT = "attention written out, all 24 outputs kept, RoPE tables in every call"
+
+#: Name -> what is measured, and what it is compared with, as the document says it.
+ROWS = {
+    "global_attention": (
+        "attention of one global block, 12 views, half of them context, 256 patches, width 768",
+        _DENSE,
+    ),
+    "aggregator": ("the whole aggregator behind the cached single-view stage, same size", _DENSE),
+    "one_pass": ("one joint pass of the aggregator, same size", "two passes: the context alone, then all views"),
+    "vggt_memory": ("peak of VGGT of width 384, 24 layers, 8 views of 224 px", _EXPLICIT),
+    "vggt_time": ("time of the same", _EXPLICIT),
+}
+
+
+def table() -> list[Bench]:
+    """All benchmarks of the groups, in order."""
+    return [bench for group in GROUPS for bench in import_module(f"infra.bench.{group}").TABLE]
+
+
+if __name__ == "__main__":
+    sys.exit(main(table(), isolated="infra.bench.spa3r"))
