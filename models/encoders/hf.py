@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.encoders import radio
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.preprocess import Preprocessing
 from models.encoders.weights import (
@@ -174,6 +175,8 @@ def _stored_config(folder: Path, family: str) -> tuple[Architecture, Any]:
     import transformers
 
     values = read_json(folder / "config.json")
+    if family == "radio" and radio.is_published(values):
+        return ARCHITECTURES["radio"], transformers.RadioConfig(**radio.form_of(folder, values))
     architecture = ARCHITECTURES[_model_type(family, str(values.get("model_type", "")))]
     if "vision_config" in values:
         projection = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
@@ -269,7 +272,7 @@ class HFEncoder(FrozenEncoder):
             with quiet_transformers():
                 self.model = load_strict(
                     getattr(transformers, self.architecture.model), self.folder, self.dtype,
-                    other_tower=_TEXT_SIDE, config=self.config, attn_implementation="sdpa",
+                    other_tower=_TEXT_SIDE, may_lack=radio.LAYER_SCALE, config=self.config, attn_implementation="sdpa",
                 )  # fmt: skip
             # The identity may have been asked for long before.
             self._digest = same_digest(stored_digest(self.folder), self._digest, self.folder)

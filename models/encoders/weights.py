@@ -150,6 +150,11 @@ def _stored_tensors(file: Path) -> Iterator[tuple[str, str, list[int], int, int]
             yield name, entry["dtype"], entry["shape"], 8 + length + start, 8 + length + end
 
 
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of every stored tensor of a folder by name, from the headers alone."""
+    return {name: shape for file in weight_files(folder) for name, _, shape, _, _ in _stored_tensors(file)}
+
+
 def stored_digest(folder: Path, prefixes: Sequence[str] = ("",)) -> str:
     """sha256 over the stored tensors of a folder in order of their names: name, dtype, shape, bytes.
 
@@ -232,11 +237,17 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def load_strict(
-    model_class: Any, folder: Path, dtype: torch.dtype, other_tower: Sequence[str] = (), **options: Any
+    model_class: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    other_tower: Sequence[str] = (),
+    may_lack: Sequence[str] = (),
+    **options: Any,
 ) -> nn.Module:
     """``model_class`` with the weights of ``folder``; WeightsError lists every name that does not fit.
 
-    ``other_tower`` names the prefixes of what a two-tower checkpoint holds beside this model.
+    ``other_tower`` names the prefixes of what a two-tower checkpoint holds beside this model; ``may_lack`` the endings
+    of tensors that start with the right values where they are not stored.
     """
     weight_files(folder)  # a clear error before transformers looks for other formats
     try:
@@ -253,8 +264,9 @@ def load_strict(
         raise WeightsError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
     unexpected = {n for n in info["unexpected_keys"] if not n.startswith(tuple(other_tower))}
     problems = []
-    if info["missing_keys"]:
-        problems.append(f"missing: {_listed(info['missing_keys'])}")
+    missing = [name for name in info["missing_keys"] if not name.endswith(tuple(may_lack))]
+    if missing:
+        problems.append(f"missing: {_listed(missing)}")
     if unexpected:
         problems.append(f"not part of the model: {_listed(unexpected)}")
     if info["mismatched_keys"]:
