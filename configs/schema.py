@@ -50,6 +50,9 @@ class SourceConfig:
     weight: float = 1.0
     # Take every n-th frame of a sequence.
     frame_stride: int = 1
+    # Smallest and largest distance of neighbouring views of a view set, in frames that frame_stride leaves; [] takes
+    # recipe.view_set.interval. Frame rates differ from source to source.
+    interval: list[int] = field(default_factory=list)
     # Use at most this many scenes or items (0: all).
     limit: int = 0
     # File with one scene id a line for each split, as {"train": path, ...}; {} uses the source's own split,
@@ -291,6 +294,9 @@ class BackendConfig:
     persistence_threshold: int = 100_000
     # Free the gathered weights of FSDP2 after the forward pass and gather them again for the backward pass.
     reshard_after_forward: bool = True
+    # What ZeRO keeps in the host's memory: none | optimizer (its weights, moments and gradients; zero2 and zero3) |
+    # parameters (that, and each rank's part of the weights; zero3).
+    offload: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,10 +305,14 @@ class PeftConfig:
     method: str = "none"
     # Rank of the low-rank update.
     rank: int = 8
-    # The update is scaled by alpha / rank.
+    # The update is scaled by alpha / rank (see peft.rslora).
     alpha: float = 16.0
     # Dropout before the update.
     dropout: float = 0.0
+    # Train the length of each row of an adapted weight beside its direction, which the update turns (DoRA).
+    dora: bool = False
+    # Scale the update by alpha / sqrt(rank) instead (rsLoRA).
+    rslora: bool = False
     # Names of the modules that get an update; [] takes those that the model's spec names.
     targets: list[str] = field(default_factory=list)
 

@@ -15,10 +15,9 @@ class ViewSetConfig:
     views: list[int] = field(default_factory=lambda: [2, 4])
     # Share of the views of a set that are targets (at least one where > 0, and at least one stays context).
     target_ratio: float = 0.5
-    # Smallest and largest distance of neighbouring views, in frames of the source.
+    # Smallest and largest distance of neighbouring views, in frames of the source (as many as frame_stride leaves); of
+    # walks, where data.sources.*.interval says nothing else.
     interval: list[int] = field(default_factory=lambda: [1, 1])
-    # Source -> its own interval, where frame rates differ (walks).
-    intervals: dict[str, list[int]] = field(default_factory=dict)
     # First frames of two sets of an epoch lie in different windows of this many frames (windows).
     stride: int = 1
     # View sets that a scene has in all, drawn again in every epoch so that the cache can serve them (walks); 0 draws

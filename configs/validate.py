@@ -58,6 +58,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "trainer.best_mode": ("min", "max"),
     "trainer.resume": ("auto", "never"),
     "backend.name": BACKENDS,
+    "backend.offload": ("none", "optimizer", "parameters"),
     "peft.method": ("none", "lora"),
     "roles.*.backend": ("", *BACKENDS),
     "roles.*.peft": ("", "none", "lora"),
@@ -442,6 +443,9 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     adapted = config.peft.method != "none" or any(role.peft not in ("", "none") for role in config.roles.values())
     if config.peft.targets and not adapted:
         yield f"peft.targets={config.peft.targets} has no effect with peft.method=none; choose peft=lora"
+    for key in ("dora", "rslora"):
+        if getattr(config.peft, key) and not adapted:
+            yield f"peft.{key}=true has no effect with peft.method=none; choose peft=lora"
 
 
 def _optimisation(prefix: str, trainer: TrainerConfig) -> Iterator[str]:
@@ -549,6 +553,12 @@ def _backends(config: RunConfig) -> Iterator[str]:
             yield (
                 f"cluster.roles.{name}.workers={sizes} contradicts {key}=single, which has one worker; "
                 f"choose {key.removesuffix('.name')}=ddp"
+            )
+        offload, able = config.backend.offload, {"optimizer": ("zero2", "zero3"), "parameters": ("zero3",)}
+        if offload != "none" and backend not in able.get(offload, (backend,)):
+            yield (
+                f"backend.offload={offload} contradicts {key}={backend}: only {' and '.join(able[offload])} can; "
+                f"set it to none, or choose {key.removesuffix('.name')}={able[offload][-1]}"
             )
         ema = given.trainer.get("ema", config.trainer.ema)
         if backend == "zero3" and ema:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.convert import nearest
 from configs.schema import RunConfig
 
 #: What Spa3R can predict.
@@ -15,19 +14,16 @@ def view_sets(config: RunConfig) -> Iterator[str]:
     """What ``recipe.view_set`` breaks, and what the recipes that draw by it need."""
     sets = config.recipe.view_set
     ranges = {"views": sets.views, "interval": sets.interval}
-    ranges |= {f"intervals.{source}": ends for source, ends in sets.intervals.items()}
     for key, ends in ranges.items():
         if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
             yield f"recipe.view_set.{key}={ends} must be [smallest,largest], with 1 <= smallest <= largest"
-    for source in sets.intervals:
-        if source not in config.data.sources:
-            yield (
-                f"recipe.view_set.intervals.{source}: no such source.{nearest(source, config.data.sources)} "
-                f"Sources: {', '.join(config.data.sources)}"
-            )
-    if sets.scheme != "walks" and (sets.plans_per_scene or sets.intervals or sets.partitions != 1):
+    for name, source in config.data.sources.items():
+        ends = source.interval
+        if ends and (len(ends) != 2 or not 1 <= ends[0] <= ends[1]):
+            yield f"data.sources.{name}.interval={ends} must be [smallest,largest], 1 <= smallest <= largest, or []"
+    if sets.scheme != "walks" and (sets.plans_per_scene or sets.partitions != 1):
         yield (
-            f"recipe.view_set.scheme={sets.scheme} has no plans_per_scene, partitions or intervals; "
+            f"recipe.view_set.scheme={sets.scheme} has no plans_per_scene and no partitions; "
             "set recipe.view_set.scheme=walks"
         )
     if config.recipe.name == "spa3r_pretrain":

@@ -186,6 +186,8 @@ class Item:
     label: str | None = None
     question: Question | None = None
     """What an evaluation scores the answer by, where the conversation asks a question with one right answer."""
+    tokens: int = 0
+    """Length in tokens as the source states it, pictures among them; 0 where it does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,13 +291,15 @@ class FeatureRequest:
     transform: dict[str, Any] = field(default_factory=dict)
     upstream: FeatureRequest | None = None
     """For an encoder of records: the request that makes its input."""
+    once: bool = False
+    """Whether nobody will ask for it again: a view set that was drawn for one epoch."""
     pixels: np.ndarray | None = field(default=None, compare=False)
     """uint8 (H, W, 3): the picture itself, where it was augmented and is in no file; ``digests`` is then of these."""
 
     @property
     def passing(self) -> bool:
         """Whether the input will never come again, so that its features are not looked for and not kept."""
-        return self.pixels is not None or (self.upstream is not None and self.upstream.passing)
+        return self.once or self.pixels is not None or (self.upstream is not None and self.upstream.passing)
 
 
 @dataclass

@@ -19,6 +19,9 @@ PROMPT_TOKENS = 32
 ANSWERED = 0.5
 """Share of a conversation's text that is answers."""
 
+CAMERA_NUMBERS = 9
+"""Of a camera as VGGT gives it."""
+
 _REAL = 4096
 """Columns of at most so many numbers a sample, cameras for one, are real."""
 
@@ -31,6 +34,10 @@ class Lengths:
     """Pictures of a conversation or an item."""
     tokens: int
     """Of a conversation."""
+    set_views: int = 2
+    """Views of a view set."""
+    set_contexts: int = 1
+    """Those of them that are context."""
 
 
 def fake_batch(
@@ -47,7 +54,10 @@ def fake_batch(
     for name, spec in columns.items():
         if name in ("input_ids", "supervised"):
             continue
-        shape = (samples, *(lengths.views if axis is None else axis for axis in spec.shape))
+        views = lengths.views
+        if kind == "view_set":
+            views = lengths.set_contexts if name == "context_tokens" else lengths.set_views
+        shape = (samples, *(views if axis is None else axis for axis in spec.shape))
         dtype = getattr(torch, spec.dtype)
         if modes and math.prod(shape[1:]) > _REAL:
             with modes[0]:
@@ -55,7 +65,9 @@ def fake_batch(
         else:
             batch[name] = _plausible(name, shape, dtype)
         if None in spec.shape:
-            batch[f"{name}_lengths"] = torch.full((samples, 1), lengths.views)
+            batch[f"{name}_lengths"] = torch.full((samples, 1), views)
+    if "roles" in columns:
+        batch["roles"][:, lengths.set_contexts :] = True
     if "input_ids" in columns:
         batch |= _text(kind, batch, samples, lengths, module)
     return batch
@@ -63,6 +75,10 @@ def fake_batch(
 
 def _plausible(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Cameras that exist, and zeros; a depth is 1 m."""
+    if name == "pose" and shape[-1] == CAMERA_NUMBERS:
+        # VGGT's encoding: no translation, the unit quaternion with its scalar last, fields of view of a radian.
+        one = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1], dtype=dtype)
+        return one.expand(shape).contiguous()
     if name in ("K", "pose"):
         return torch.eye(shape[-1], dtype=dtype).expand(shape).contiguous()
     return torch.ones(shape, dtype=dtype) if name == "depth" else torch.zeros(shape, dtype=dtype)

@@ -13,6 +13,7 @@ from configs.schema import EncoderConfig, RunConfig
 from models.encoders.hf import HFEncoder
 from models.errors import WeightsError
 from models.spec import TensorSpec
+from services.features.encode import ragged_length
 from services.features.requests import encoder_config
 from services.streams.inputs import used_encoders
 
@@ -91,30 +92,35 @@ def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
         count = getattr(other, "parameter_count", None)  # of one that holds no weights yet
         parameters = count() if count else sum(p.numel() for p in other.parameters())
         outputs, flops = dict(other.outputs()), 0
-    item = BYTES[settings.dtype]
+    item, views = BYTES[settings.dtype], ragged_length(name, config)
     return EncoderCost(
         name=name,
         parameters=parameters,
         weight_bytes=parameters * item,
         flops=flops,
         outputs=outputs,
-        record_bytes=record_bytes(outputs, config.cache.codec),
+        record_bytes=record_bytes(outputs, config.cache.codec, views),
         available=available,
-        working_bytes=_widest(outputs) * WIDTH_FACTOR * item,
+        working_bytes=_widest(outputs, views) * WIDTH_FACTOR * item,
     )
 
 
-def _widest(outputs: Mapping[str, TensorSpec]) -> int:
-    """Numbers of one layer's tokens: the last of the tapped ones."""
+def _widest(outputs: Mapping[str, TensorSpec], views: int) -> int:
+    """Numbers of one layer's tokens: the last of the tapped ones; of a view set, of all its views."""
     shape = outputs["tokens"].shape if "tokens" in outputs else ()
+    if shape and shape[0] is None:
+        return views * math.prod(axis or 0 for axis in shape[1:])
     return math.prod(axis or 0 for axis in shape[1:]) if shape else 0
 
 
-def record_bytes(outputs: Mapping[str, TensorSpec], codec: str) -> int:
-    """Bytes of one record in the store: its tensors, or with fp8 one byte a number and a float32 scale a token."""
+def record_bytes(outputs: Mapping[str, TensorSpec], codec: str, views: int = 0) -> int:
+    """Bytes of one record in the store: its tensors, or with fp8 one byte a number and a float32 scale a token.
+
+    ``views`` are those of a view set, whose number is open in ``outputs``.
+    """
     total = 0
     for spec in outputs.values():
-        numbers = math.prod(axis or 0 for axis in spec.shape)
+        numbers = math.prod(views if axis is None else axis for axis in spec.shape)
         if codec == "fp8_e4m3":
             total += numbers + 4 * numbers // max(spec.shape[-1] or 1, 1)
         else:

@@ -208,12 +208,19 @@ def _cache(config: RunConfig, encoders: Mapping[str, EncoderCost], records: dict
 def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> Lengths:
     """A conversation is taken to be as long as it may be, with as many pictures as fit beside some text."""
     grids = [
-        math.prod(int(axis or 1) for axis in e.outputs["tokens"].shape[1:3])
+        math.prod(int(axis or 1) for axis in e.outputs["tokens"].shape[-3:-1])
         for e in encoders.values()
         if "tokens" in e.outputs
     ]
     room = (config.data.text.max_length - LEAST_TEXT) // max(grids, default=1)
-    return Lengths(views=max(1, min(most_pictures(data), room)), tokens=config.data.text.max_length)
+    sets = config.recipe.view_set
+    most = sets.views[-1]
+    return Lengths(
+        views=max(1, min(most_pictures(data), room)),
+        tokens=config.data.text.max_length,
+        set_views=most,
+        set_contexts=max(1, int(most * (1 - sets.target_ratio) + 1e-9)),
+    )
 
 
 def _notes(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from actors.preflight.encoders import EncoderCost
-from actors.preflight.trained import is_there, missing_part, part_is_there, run_of
+from actors.preflight.trained import PUBLISHED_FAMILIES, is_there, missing_part, part_is_there, run_of
 from configs.schema import RunConfig
 from models.encoders.uniugg import PARTS
 from models.encoders.weights import RANDOM, is_here, resolve_folder
@@ -24,16 +24,23 @@ def missing(config: RunConfig, encoders: Mapping[str, EncoderCost], *, fetch: bo
     With ``fetch`` what has a hub name is tried to be had, as the run would. What only nodes of a running cluster need
     to have is not asked for; parts of earlier runs lie under ``storage.root``, which all of them see.
     """
-    found = [*_encoder_weights(config, encoders), *_start(config, fetch)]
+    found = [*_encoder_weights(config, encoders, fetch), *_start(config, fetch)]
     if config.cluster.mode == "attach":
         return found
     return [*found, *_tokenizer(config, fetch), *_files(config)]
 
 
-def _encoder_weights(config: RunConfig, encoders: Mapping[str, EncoderCost]) -> Iterator[str]:
+def _encoder_weights(config: RunConfig, encoders: Mapping[str, EncoderCost], fetch: bool) -> Iterator[str]:
     for name, cost in encoders.items():
         settings, key = config.encoders[name], f"encoders.{name}.weights"
-        if settings.family in PARTS:
+        if settings.family in PUBLISHED_FAMILIES:
+            remote = is_there(settings) or config.cluster.mode == "attach"
+            if not remote and (reason := _unavailable(key, settings.weights, fetch)):
+                yield (
+                    f"{key}={settings.weights} is not on this machine{reason}: give the folder that holds its "
+                    "model.safetensors or model.pt, or choose a random network such as encoder=vggt-tiny"
+                )
+        elif settings.family in PARTS:
             if not is_there(settings):
                 yield missing_part(key, settings.weights, config)
         elif not cost.available and config.cluster.mode != "attach":

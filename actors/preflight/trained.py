@@ -1,4 +1,4 @@
-"""Parts that earlier runs train: whether they are there, which run makes them, and their shapes before it has."""
+"""Our own networks that are frozen in a run: whether they are there, which run makes them, their shapes before that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.schema import EncoderConfig, RunConfig
 from configs.validate import ALLOWED, RECIPES
 from models.encoders.uniugg import PARTS, PartViT, TrainedPart
-from models.encoders.weights import RANDOM
+from models.encoders.weights import RANDOM, is_here
 from models.errors import ModelError
 from models.pretrained import CONFIG, WEIGHTS
 from models.spec import TensorSpec
@@ -25,7 +25,15 @@ SIZES: Mapping[str, Mapping[str, str]] = {
     "uniugg-vit-": {"tiny": "tiny", "small": "small", "paper": "large"},
     "mast3r-": {"tiny": "tiny", "small": "small", "paper": "large"},
     "spatial-vae-": {"tiny": "tiny", "small": "small", "paper": "base"},
+    "spa3r-": {"tiny": "tiny", "small": "small", "paper": "base"},
+    "vggt-": {"tiny": "tiny", "small": "small", "paper": "1b"},
 }
+
+#: Families whose weights are published; no run trains them.
+PUBLISHED_FAMILIES = ("mast3r", "vggt_patches", "vggt")
+
+_OPTIONS = frozenset({"depth"})
+"""Keys of ``arch`` that are no sizes, and hold with stored weights too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,8 @@ class PartCost:
 
 def is_there(settings: EncoderConfig) -> bool:
     """Whether the weights are random or on this machine."""
-    return settings.weights == RANDOM or part_is_there(settings.weights)
+    published = settings.family in PUBLISHED_FAMILIES and is_here(settings.weights)
+    return settings.weights == RANDOM or published or part_is_there(settings.weights)
 
 
 def part_is_there(folder: str) -> bool:
@@ -82,11 +91,9 @@ def describe(name: str, config: RunConfig, upstream: Mapping[str, TensorSpec] | 
 
     ``upstream`` is what the encoder gives that it reads from. ModelError for a part that does not fit it.
     """
-    settings = config.encoders[name]
-    if not is_there(settings):
-        prefix = PARTS[settings.family][0]
-        arch = {"model": prefix + SIZES[prefix][config.size]}
-        settings = dataclasses.replace(settings, weights=RANDOM, arch=arch, digest="")
+    settings = stand_in(config.encoders[name], config.size)
+    if settings.family in ("vggt", "spa3r"):
+        return _of_view_sets(name, config)
     if settings.upstream:
         return _behind_vae(name, settings, upstream or {})
     from services.features.encode import build_encoder
@@ -94,6 +101,34 @@ def describe(name: str, config: RunConfig, upstream: Mapping[str, TensorSpec] | 
     vit = build_encoder(name, dataclasses.replace(config, encoders={name: settings}))
     assert isinstance(vit, PartViT), "families of trained parts that read pictures are ViTs"
     return PartCost(parameters=vit.parameter_count(), flops=vit.flops_per_image(), outputs=dict(vit.outputs()))
+
+
+def stand_in(settings: EncoderConfig, size: str) -> EncoderConfig:
+    """The encoder with random weights of the run's size where its own are not there; any other as it is."""
+    if settings.family not in PARTS or is_there(settings):
+        return settings
+    prefix = PARTS[settings.family][0]
+    options = {key: value for key, value in settings.arch.items() if key in _OPTIONS}
+    arch = {"model": prefix + SIZES[prefix][size], **options}
+    return dataclasses.replace(settings, weights=RANDOM, arch=arch, digest="")
+
+
+def _of_view_sets(name: str, config: RunConfig) -> PartCost:
+    """An encoder of view sets, or one behind it: the work of a middling set of ``recipe.view_set``."""
+    from services.features.encode import build_encoder, ragged_length
+
+    chain, before = {}, name
+    while before:
+        chain[before] = stand_in(config.encoders[before], config.size)
+        before = chain[before].upstream
+    encoder: Any = build_encoder(name, dataclasses.replace(config, encoders=chain))
+    views = ragged_length(name, config)
+    targets: tuple[int, ...] = ()
+    if config.encoders[name].family == "vggt" and config.recipe.spa3r.targets == "joint":
+        targets = (views - int(views * (1 - config.recipe.view_set.target_ratio) + 1e-9),)
+    return PartCost(
+        parameters=encoder.parameter_count(), flops=encoder.flops(views, *targets), outputs=dict(encoder.outputs())
+    )
 
 
 def _behind_vae(name: str, settings: EncoderConfig, upstream: Mapping[str, TensorSpec]) -> PartCost:

@@ -20,6 +20,7 @@ RECIPES: Mapping[str, str] = {
     "uniugg_joint": "actors.recipes.uniugg_unified:UnifiedRecipe",
     "uniugg_finetune": "actors.recipes.uniugg_unified:UnifiedRecipe",
     "uniugg_direct": "actors.recipes.uniugg_unified:UnifiedRecipe",
+    "spa3r_pretrain": "actors.recipes.spa3r:Spa3rRecipe",
 }
 
 

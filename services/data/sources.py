@@ -236,8 +236,8 @@ def manifest_path(name: str, source: SourceConfig, storage: StorageConfig) -> Pa
 def settings_digest(source: SourceConfig, root: Path, version: int) -> str:
     """What a manifest depends on beside the content of files: the reader and how it was asked to read."""
     settings: dict[str, Any] = dataclasses.asdict(source)
-    # The share of samples that a source gets says nothing about what it holds.
-    del settings["weight"]
+    # How samples are drawn of a source says nothing about what it holds.
+    del settings["weight"], settings["interval"]
     settings |= {"root": str(root), "reader": version, "layout": LAYOUT}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -157,6 +157,7 @@ class Loader:
         augmented = targets is not None and not plan.complete
         self._augmented = augmented_kinds(config, self._inputs) if augmented else frozenset[str]()
         self._seed = plan.seed
+        self._drawn = not plan.complete
         self._ledger = ledger
         self._reuse = reuse
         self._steps = steps or PlanSteps(plan, rank, world_size, start_step, stop_step)
@@ -258,7 +259,7 @@ class Loader:
             pixels = made["image"].data.reshape(-1, *made["image"].data.shape[-3:])
         try:
             manifest = self._manifests[sample.source]
-            return column_requests(sample, manifest, self._config, self._inputs, pixels=pixels)
+            return column_requests(sample, manifest, self._config, self._inputs, pixels=pixels, drawn=self._drawn)
         except DataError as error:
             return error
 

@@ -324,6 +324,7 @@ class EpochPlan:
             "micro_batch": self.micro_batch,
             "kinds": self.kinds,
             "view_set": dataclasses.asdict(config.recipe.view_set),
+            "intervals": {name: source.interval for name, source in config.data.sources.items() if source.interval},
             "sources": [[name, weights[name], manifests[name].digest] for name in sorted(manifests)],
             "quarantine": sorted(quarantine),
         }

@@ -39,13 +39,20 @@ class ColumnRequests:
 
 
 def column_requests(
-    sample: PlanSample, manifest: Any, config: RunConfig, inputs: Inputs, *, pixels: np.ndarray | None = None
+    sample: PlanSample,
+    manifest: Any,
+    config: RunConfig,
+    inputs: Inputs,
+    *,
+    pixels: np.ndarray | None = None,
+    drawn: bool = False,
 ) -> list[ColumnRequests]:
     """What ``sample`` needs of each encoder that its kind reads; nothing for a kind that ``inputs`` does not declare,
     and nothing of an encoder for a sample without pictures.
 
-    ``pixels`` uint8 (V, H, W, 3) are the pictures of its views where they were augmented. DataError when the sample
-    names views that its scene does not have, or has none of the role that is read.
+    ``pixels`` uint8 (V, H, W, 3) are the pictures of its views where they were augmented. ``drawn``: the sample is of a
+    training epoch; a view set that was drawn for this epoch alone is then neither looked for nor kept. DataError when
+    the sample names views that its scene does not have, or has none of the role that is read.
     """
     found: list[ColumnRequests] = []
     for feature in inputs[sample.kind].features if sample.kind in inputs else ():
@@ -66,7 +73,10 @@ def column_requests(
         if pixels is not None:
             shown = [picture for picture, view in zip(pixels, sample.views, strict=True) if view in views]
         requests = feature_requests(part, manifest, name, config, pixels=shown)
-        found.append(ColumnRequests(feature, requests, feature.stacked and reads_one_by_one(name, config)))
+        alone = reads_one_by_one(name, config)
+        if drawn and not alone and comes_once(feature, config):
+            requests = [dataclasses.replace(request, once=True) for request in requests]
+        found.append(ColumnRequests(feature, requests, feature.stacked and alone))
     return found
 
 
@@ -95,6 +105,14 @@ def chosen_encoder(feature: FeatureInput, sample: PlanSample) -> str:
         return feature.encoder
     drawn = key64("instead", sample.seed, feature.encoder) / 2**64
     return feature.instead if drawn < feature.share else feature.encoder
+
+
+def comes_once(feature: FeatureInput, config: RunConfig) -> bool:
+    """Whether view sets of a training epoch are new to an encoder of view sets, and will not come again."""
+    sets = config.recipe.view_set
+    if sets.scheme != "walks":
+        return False  # all sets of a window are few
+    return not sets.plans_per_scene or (not sets.partitions and not (feature.plain and feature.views == ALL))
 
 
 def reads_one_by_one(name: str, config: RunConfig) -> bool:

@@ -250,7 +250,10 @@ def _pair(values: list[int], key: str, least: int) -> tuple[int, int]:
 
 def _view_sets(config: RunConfig, source: str) -> Sampler:
     settings = config.recipe.view_set
-    return WalkSampler(settings, source) if settings.scheme == "walks" else ViewSetSampler(settings)
+    if settings.scheme != "walks":
+        return ViewSetSampler(settings)
+    found = config.data.sources.get(source)
+    return WalkSampler(settings, source, found.interval if found else ())
 
 
 #: Kind -> (config, source) -> sampler.

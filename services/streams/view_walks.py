@@ -11,7 +11,7 @@ epoch walks anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class WalkSampler:
-    """View sets of one source. ``interval`` is that of the source, in frames as the source counts them."""
+    """View sets of one source, whose ``interval`` (from, to), in frames, takes the place of the recipe's."""
 
-    def __init__(self, config: ViewSetConfig, source: str = "") -> None:
+    def __init__(self, config: ViewSetConfig, source: str = "", interval: Sequence[int] = ()) -> None:
         self.config, self.source = config, source
         least, most = config.views if len(config.views) == 2 else (0, 0)
-        self.interval: tuple[int, int] = self._interval(config.intervals, source)
+        self.interval = self._interval(interval)
         if not 1 <= least <= most:
             raise ConfigError(
                 f"recipe.view_set.views is {list(config.views)}; two numbers [from, to], 1 <= from <= to, are allowed"
@@ -44,11 +44,11 @@ class WalkSampler:
                 "and needs at least 1 of at least 2 views; raise the smallest number of views, or lower the ratio"
             )
 
-    def _interval(self, intervals: Mapping[str, list[int]], source: str) -> tuple[int, int]:
-        key = f"recipe.view_set.intervals.{source}" if source in intervals else "recipe.view_set.interval"
-        ends = intervals.get(source, self.config.interval)
+    def _interval(self, own: Sequence[int]) -> tuple[int, int]:
+        ends = own or self.config.interval
         if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
-            raise ConfigError(f"{key} is {list(ends)}; two numbers [from, to] with 1 <= from <= to are allowed")
+            key = f"data.sources.{self.source}.interval" if own else "recipe.view_set.interval"
+            raise ConfigError(f"{key} is {list(ends)}; two numbers [from, to], 1 <= from <= to, are allowed")
         return ends[0], ends[1]
 
     @property
