@@ -3,7 +3,7 @@ and MASt3R's ViT, which the paper compares its own with.
 
 ``uniugg_vit`` (images): ``tokens`` (1, h, w, C) and ``summary`` (3, C) of the student.
 ``mast3r`` (images): ``tokens`` (1, h, w, C) of CroCo's ViT inside MASt3R, and their mean as ``summary`` (1, C): it has
-    no class token. Weights may also be a folder in MASt3R's published layout.
+    no class token. Weights may also be a folder in MASt3R's published layout, or its hub name.
 ``uniugg_vae`` (records of it): ``mean`` and ``logvar`` float32 (latent channels, 2h, 2w) of the posterior.
 ``uniugg_reconstruction`` (records of it): ``tokens`` (1, h, w, C) decoded from the posterior's mean, and the summary
     as it came, so that it can stand where the ViT's record stands.
@@ -28,7 +28,16 @@ from models.checkpoints import load_reference
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.chain import RecordEncoder
 from models.encoders.preprocess import Preprocessing
-from models.encoders.weights import RANDOM, read_json, same_digest, seeded, stored_digest, tensor_digest, torch_dtype
+from models.encoders.weights import (
+    RANDOM,
+    read_json,
+    resolve_folder,
+    same_digest,
+    seeded,
+    stored_digest,
+    tensor_digest,
+    torch_dtype,
+)
 from models.errors import ModelError, WeightsError
 from models.pretrained import describe_pretrained, load_part, read_pretrained
 from models.registry import build, spec
@@ -125,6 +134,10 @@ PUBLISHED_MAST3R = "mast3r-large"
 
 class _Mast3rPart(TrainedPart):
     """A whole MASt3R, in our layout or the published one, whose config.json says nothing that we could build from."""
+
+    def locate(self, weights: str) -> Path:
+        """A folder, or the snapshot of a hub name."""
+        return resolve_folder(weights)
 
     def _is_ours(self, folder: Path) -> bool:
         return "model" in read_json(folder / "config.json")

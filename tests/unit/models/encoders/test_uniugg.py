@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import models
 from models.encoders.uniugg import READS, Mast3rViT, UniuggPosterior, UniuggReconstruction, UniuggViT
 from models.errors import ModelError, WeightsError
 from models.pretrained import save_pretrained
+from tests.support.hub import empty_cache, snapshot
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "dtype": "float32"}
@@ -168,3 +170,8 @@ def test_mast3r_s_vit_in_our_layout_and_in_the_published_one(tmp_path: Path, mon
     assert len(list(ours.model.parameters())) == len(list(whole.encoder.parameters())), "the decoder is left out"
     posterior = behind(UniuggPosterior, published, "random")
     assert posterior([posterior.prepare(made, {})])["mean"].shape == (1, 4, 8, 12)
+    cache, name = empty_cache(monkeypatch, tmp_path / "hub"), "naver/MASt3R"
+    with pytest.raises(WeightsError, match="hf download naver/MASt3R"):
+        Mast3rViT(name, **SIZE)
+    shutil.copytree(tmp_path / "published", snapshot(cache, name), dirs_exist_ok=True)
+    assert Mast3rViT(name, **SIZE).identity() == published.identity(), "by its hub name"
