@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from models.metrics import blink, realworldqa, seedbench, sparbench, three_dsr, vsibench
+from models.metrics import blink, cvbench, realworldqa, seedbench, sparbench, three_dsr, viewspatial, vsibench
 
 Row = tuple[str, str, float]
 """(id, type, score) of one answer."""
@@ -23,6 +23,10 @@ class Benchmark:
     aggregate: Callable[[Sequence[Row]], dict[str, float]]
     headline: str
     """The score that the benchmark is compared by; absent where a part of the benchmark is missing."""
+    parser: str
+    """How an answer is read, in a few words; recorded with every score."""
+    variants: tuple[str, ...] = ()
+    """Other definitions in use, which score the same answers differently; reported beside it under their names."""
 
 
 def by_type(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -53,11 +57,19 @@ def aggregate_plain(rows: Sequence[Row]) -> dict[str, float]:
     return means | {"mean": float(np.mean(list(means.values()))), "accuracy": float(np.mean([r[2] for r in rows]))}
 
 
+_NUMBERS: Mapping[str, str] = {
+    "strict": "float() of it (the benchmark's own reader)",
+    "words": "the first digits or number words of the answer in lower case (a later harness's reader)",
+}
+
+
 def _vsibench(reader: str) -> Benchmark:
     return Benchmark(
         score=lambda kind, truth, _, prediction: vsibench.score_answer(kind, prediction, truth, reader=reader),
         aggregate=lambda rows: vsibench.aggregate(by_type(rows)),
         headline="overall",
+        parser=f"first word without trailing full stops; numbers: {_NUMBERS[reader]}",
+        variants=("vsibench-words",) if reader == "strict" else (),
     )
 
 
@@ -68,28 +80,51 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         score=lambda _, truth, options, prediction: blink.score_answer(prediction, truth, len(options)),
         aggregate=lambda rows: blink.aggregate(by_type(rows)),
         headline="overall",
+        parser='the first of: a first line that is a letter; the last "answer (is) X"; the last "(X)"; a first letter',
+    ),
+    "cvbench": Benchmark(
+        score=lambda _, truth, __, prediction: cvbench.score_answer(prediction, truth),
+        aggregate=lambda rows: cvbench.aggregate(by_type(rows)),
+        headline="combined",
+        parser="first letter of the answer after an optional bracket",
+    ),
+    "viewspatial": Benchmark(
+        score=lambda _, truth, __, prediction: viewspatial.score_answer(prediction, truth),
+        aggregate=lambda rows: viewspatial.aggregate(by_type(rows)),
+        headline="overall",
+        parser="first stand-alone A-D of the last line, ignoring case",
     ),
     "sparbench": Benchmark(
         score=lambda kind, truth, _, prediction: sparbench.score_answer(kind, prediction, truth),
         aggregate=lambda rows: sparbench.aggregate(by_type(rows)),
         headline="overall",
+        parser="numbers: the last for *_mv tasks, else the first; choices: equal, contained, or the first character; "
+        "changes of view: five signed axes of name:value pairs",
     ),
     "3dsrbench": Benchmark(
         score=lambda _, truth, __, prediction: three_dsr.score_answer(prediction, truth),
         aggregate=three_dsr.aggregate,
         headline="circular_flip",
+        parser='a capital A-D by rules in order: at the start, after "answer", "(X)", "X.", a word of its own',
     ),
     "seedbench": Benchmark(
         score=lambda _, truth, __, prediction: seedbench.score_answer(prediction, truth),
         aggregate=lambda rows: seedbench.aggregate(by_type(rows)),
         headline="image",
+        parser="first character, ignoring case",
     ),
     "realworldqa": Benchmark(
         score=lambda _, truth, __, prediction: realworldqa.score_answer(prediction, truth),
         aggregate=lambda rows: realworldqa.aggregate([row[2] for row in rows]),
         headline="accuracy",
+        parser="letters ranked by their place; else equality in lower case without trailing full stops",
     ),
-    "plain": Benchmark(score=score_plain, aggregate=aggregate_plain, headline="accuracy"),
+    "plain": Benchmark(
+        score=score_plain,
+        aggregate=aggregate_plain,
+        headline="accuracy",
+        parser="options: the first word; a positive number: float() of the first word; else equality ignoring case",
+    ),
 }
 """``plain`` is for questions of no benchmark. ``vsibench`` reads numbers as the benchmark does, ``vsibench-words`` as
 a later harness: two scores that differ."""

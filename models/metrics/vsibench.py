@@ -26,6 +26,9 @@ READERS = ("strict", "words")
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _DIRECTION = "object_rel_direction"
+_CHOICE_TASKS = (_DIRECTION, "object_rel_distance", "route_planning", "obj_appearance_order")
+TASKS = _CHOICE_TASKS + NUMERIC_TYPES
+"""The eight tasks that ``overall`` averages."""
 
 _BELOW_TWENTY = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -105,11 +108,11 @@ def score_answer(question_type: str, answer: str, truth: str, *, reader: str = "
 
 
 def aggregate(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Scores of single answers by published type -> mean by task, and ``overall``.
+    """Scores of single answers by published type -> mean by task, ``numerical``, ``multiple_choice`` and ``overall``.
 
     The three difficulties of relative direction become one task by their plain mean, and ``overall`` is the plain
-    mean of the resulting eight tasks, not of all questions. A task without answers is left out; ``overall`` and
-    ``object_rel_direction`` are there only if nothing that they average is missing.
+    mean of the resulting eight tasks, not of all questions; ``numerical`` and ``multiple_choice`` are those of four
+    tasks each. A task without answers is left out; a mean is there only if nothing that it averages is missing.
     """
     unknown = sorted(set(scores) - set(QUESTION_TYPES))
     if unknown:
@@ -120,6 +123,7 @@ def aggregate(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
     if len(directions) == 3:
         tasks[_DIRECTION] = float(np.mean(directions))
     result = means | tasks
-    if len(tasks) == 8:
-        result["overall"] = float(np.mean(list(tasks.values())))
+    for name, parts in (("numerical", NUMERIC_TYPES), ("multiple_choice", _CHOICE_TASKS), ("overall", TASKS)):
+        if all(part in tasks for part in parts):
+            result[name] = float(np.mean([tasks[part] for part in parts]))
     return result

@@ -207,9 +207,14 @@ def check_sizes(view: View) -> None:
 
 
 def text_length(record: Scene | Item) -> int:
-    """Estimated tokens of a record's text, for planning before a tokeniser is known: a quarter of its bytes."""
+    """Tokens of a record for planning before a tokeniser is known: as its source states, else a quarter of its bytes.
+
+    0 for what has no text.
+    """
     if isinstance(record, Scene):
         return 0
+    if record.tokens and record.turns:
+        return record.tokens
     return -(-sum(len(turn.text.encode()) for turn in record.turns) // 4)
 
 

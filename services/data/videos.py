@@ -29,6 +29,15 @@ def frame_times(path: Path) -> tuple[float, ...]:
     return tuple((pts - index.pts[0]) * index.time_base for pts in index.pts)
 
 
+def frame_rate(path: Path) -> float:
+    """Frames a second on average: as the file states, else from the times of its frames. 0 for a single frame."""
+    index = _index(path, file_version(path))
+    if index.rate:
+        return index.rate
+    seconds = (index.pts[-1] - index.pts[0]) * index.time_base
+    return (len(index.pts) - 1) / seconds if seconds > 0 else 0.0
+
+
 def frame_size(path: Path) -> tuple[int, int]:
     """(width, height) of the video's frames in pixels."""
     index = _index(path, file_version(path))
@@ -79,6 +88,7 @@ class _Index:
         stream = container.streams.video[0]
         self.width, self.height = int(stream.width), int(stream.height)
         self.time_base = float(stream.time_base or 0)
+        self.rate = float(stream.average_rate or 0)
         self.pts = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
         if not self.pts or not self.time_base or not self.width:
             raise DataError(f"{path}: the video has no frames that can be addressed (no presentation times)")

@@ -17,7 +17,18 @@ A ``label`` field is kept, and a ``split`` unless ``splits`` are given. ``questi
 scored. Names of images are relative to ``images``, by default the folder of the file; an image may also be an object
 with ``path`` and ``frame`` (of a video) or ``member`` (of an archive).
 
-Options: ``layout``, ``images`` (folder).
+A record with ``video`` (a video file, or a folder of frames in the order of their numbers) shows frames of it, the same
+every time (:func:`services.data.frames.choose_frames`), in the place of its one mark ``<video>`` or ``<image>``. Of
+records without ``splits`` those about one video are all of one split. ``num_tokens`` is kept as the length.
+
+Options:
+
+- ``layout``: see above.
+- ``images``: folder of the media that records name.
+- ``percent``: use this share of the records, chosen by their ids (the suffix ``%NN`` of published data registries).
+- ``tag``: label of records without one (published registries tell 2d from 3d data).
+- ``least_frames``, ``most_frames``, ``frame_seconds``: frames of a video: one every ``frame_seconds``, within limits.
+- ``folder_fps``: rate at which the frames of a folder were taken.
 """
 
 from __future__ import annotations
@@ -28,19 +39,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from services.contracts import ImageRef, Item, Split
+from services.contracts import ImageRef, Item, Split, Turn
 from services.data.images import IMAGE_SUFFIXES
-from services.data.readers.base import Notes, Reader
+from services.data.readers.base import Notes, Reader, stable_split
 from services.data.readers.corpus_files import (
     JsonLines,
     JsonList,
     ParquetRows,
+    Record,
     Records,
     TarSamples,
     question_of,
     split_of,
+    tokens_of,
     turns_of,
 )
+from services.data.readers.corpus_video import Videos, asks_for_video, check_marks, share_of, video_name, with_frames
 from services.errors import ConfigError, DataError
 
 _LAYOUTS = ("folder", "webdataset", "json", "jsonl", "parquet")
@@ -49,8 +63,12 @@ _LAYOUTS = ("folder", "webdataset", "json", "jsonl", "parquet")
 class CorpusReader(Reader):
     """Items from folders, archives, JSON, JSONL and Parquet."""
 
-    version: ClassVar[int] = 2
-    options: ClassVar[Mapping[str, Any]] = {"layout": "", "images": ""}
+    version: ClassVar[int] = 3
+    shares_pictures: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, Any]] = {
+        "layout": "", "images": "", "percent": 100, "tag": "", "least_frames": 4, "most_frames": 8,
+        "frame_seconds": 2.0, "folder_fps": 1.0,
+    }  # fmt: skip
 
     @cached_property
     def form(self) -> str:
@@ -94,8 +112,12 @@ class CorpusReader(Reader):
         return TarSamples(files) if self.form == "webdataset" else ParquetRows(files)
 
     def all_ids(self) -> list[str]:
-        """Ids in the order of the source (a folder: sorted)."""
-        return list(self.pictures) if self.form == "folder" else list(self.records.ids)
+        """Ids in the order of the source (a folder: sorted), as many as ``percent`` says."""
+        ids = list(self.pictures) if self.form == "folder" else list(self.records.ids)
+        percent = self._options.get("percent", 100)
+        if not isinstance(percent, int | float) or not 0 < percent <= 100:
+            raise ConfigError(f"options.percent={percent!r} must be a number above 0 and at most 100")
+        return ids if percent == 100 else share_of(ids, percent)
 
     def source_splits(self) -> Mapping[str, Split]:
         """Splits of a folder that has folders named after them."""
@@ -119,19 +141,48 @@ class CorpusReader(Reader):
             raise DataError(f"{self.root}: has no record {scene_id!r}")
         notes.containers += self.records.containers(scene_id)
         record, where = self.records.read(scene_id)
-        images = tuple(self._image(ref, where) for ref in self.records.images(scene_id, record, where))
-        turns = turns_of(record, where)
+        images, turns = self._media(scene_id, record, where, notes)
         if not images and not turns:
             raise DataError(f"{where}: the record has neither an image nor text")
-        label = record.get("label")
+        label = record.get("label") or self._options.get("tag") or None
         return Item(
             id=scene_id,
             images=images,
             turns=turns,
-            split=None if self.source.splits else split_of(record, where),
+            split=None if self.source.splits else split_of(record, where) or self._split_of_video(record),
             label=None if label is None else str(label),
             question=question_of(record, scene_id, turns, where),
+            tokens=tokens_of(record, where),
         )
+
+    def _media(
+        self, record_id: str, record: Record, where: str, notes: Notes
+    ) -> tuple[tuple[ImageRef, ...], tuple[Turn, ...]]:
+        """The pictures of a record and its turns, with a mark for each frame of a video."""
+        turns = turns_of(record, where)
+        if record.get("video") is not None:
+            images = self._videos.frames(self._base / video_name(record, where), where, notes)
+            return images, with_frames(turns, len(images), where)
+        images = tuple(self._image(ref, where) for ref in self.records.images(record_id, record, where))
+        if images and asks_for_video(turns):
+            images = self._videos.thinned(images)
+            turns = with_frames(turns, len(images), where)
+        check_marks(turns, len(images), where)
+        return images, turns
+
+    @cached_property
+    def _videos(self) -> Videos:
+        return Videos.from_options({**CorpusReader.options, **self._options})
+
+    @cached_property
+    def _base(self) -> Path:
+        base = Path(self.option("images") or (self.root.parent if self.root.is_file() else self.root)).expanduser()
+        return base if base.is_absolute() else self.root.parent / base
+
+    def _split_of_video(self, record: Record) -> Split | None:
+        """One split for all questions about a video: none of its frames is trained on and judged by."""
+        video = record.get("video")
+        return None if video is None else stable_split(str(video))
 
     def _label(self, path: Path) -> str | None:
         parts = path.relative_to(self.root).parts[:-1]
@@ -142,8 +193,7 @@ class CorpusReader(Reader):
     def _image(self, ref: ImageRef, where: str) -> ImageRef:
         if ref.member is not None and Path(ref.path).is_absolute():
             return ref
-        base = Path(self.option("images") or (self.root.parent if self.root.is_file() else self.root)).expanduser()
-        path = (base if base.is_absolute() else self.root.parent / base) / ref.path
+        path = self._base / ref.path
         if not path.is_file():
             raise DataError(f"{path}: there is no such file ({where}); options.images names the folder of the images")
         return dataclasses.replace(ref, path=str(path))

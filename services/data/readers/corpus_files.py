@@ -65,7 +65,7 @@ class JsonList(Records):
         """The record of that id."""
         place = self.ids[record_id]
         where = f"{self._path}: record {place} (id {record_id!r})"
-        return _a_dict(self._records[place], where), where
+        return a_dict(self._records[place], where), where
 
 
 class JsonLines(Records):
@@ -98,7 +98,7 @@ class JsonLines(Records):
             file.seek(offset)
             line = file.readline()
         try:
-            return _a_dict(json.loads(line), where), where
+            return a_dict(json.loads(line), where), where
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{where}: broken JSON ({error})") from error
 
@@ -134,7 +134,7 @@ class TarSamples(Records):
         record: Record = {}
         if "json" in members:
             try:
-                record = _a_dict(json.loads(self._text(path, members["json"])), where)
+                record = a_dict(json.loads(self._text(path, members["json"])), where)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: broken JSON in {members['json']} ({error})") from error
         if "txt" in members:
@@ -201,13 +201,13 @@ def turns_of(record: Record, where: str) -> tuple[Turn, ...]:
 
     DataError when there is a conversation without turns, or a turn without text or with an unknown speaker.
     """
-    for key, speaker, text in (("conversations", "from", "value"), ("messages", "role", "content")):
+    for key in ("conversations", "messages"):
         if record.get(key) is None:
             continue
         turns = record[key]
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{where}: {key!r} has no turns")
-        return tuple(_turn(turn, speaker, text, where) for turn in turns)
+        return tuple(_turn(turn, where) for turn in turns)
     caption = record.get("caption", record.get("text"))
     return () if not isinstance(caption, str) or not caption else (Turn(role="assistant", text=caption),)
 
@@ -220,6 +220,16 @@ def split_of(record: Record, where: str) -> Split | None:
     if split not in set(Split):
         raise DataError(f"{where}: split={split!r} is not one of {', '.join(Split)}")
     return Split(split)
+
+
+def tokens_of(record: Record, where: str) -> int:
+    """What the record states as its length in tokens (``num_tokens``), 0 without. DataError for no whole number."""
+    tokens = record.get("num_tokens")
+    if tokens is None:
+        return 0
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise DataError(f"{where}: num_tokens={tokens!r} must be a whole number of at least 1")
+    return tokens
 
 
 def question_of(record: Record, record_id: str, turns: Sequence[Turn], where: str) -> Question | None:
@@ -266,16 +276,19 @@ def _image(value: Any, where: str) -> ImageRef:
     raise DataError(f"{where}: an image is a name, or an object with path and frame or member; got {value!r:.80}")
 
 
-def _turn(turn: Any, speaker: str, text: str, where: str) -> Turn:
+def _turn(turn: Any, where: str) -> Turn:
+    """A turn with ``from`` and ``value``, or with ``role`` and ``content``."""
+    speaker, text = ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
     if not isinstance(turn, dict) or not isinstance(turn.get(text), str):
-        raise DataError(f"{where}: a turn needs {speaker!r} and {text!r} as text, got {turn!r:.80}")
+        raise DataError(f"{where}: a turn needs 'from' and 'value', or 'role' and 'content', as text; got {turn!r:.80}")
     role = str(turn.get(speaker))
     if role not in _ROLES:
         raise DataError(f"{where}: {speaker}={role!r} is not one of {', '.join(_ROLES)}")
     return Turn(role=_ROLES[role], text=turn[text])
 
 
-def _a_dict(value: Any, where: str) -> Record:
+def a_dict(value: Any, where: str) -> Record:
+    """``value``, which must be a JSON object. DataError says where it stands."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: a record is an object, got {type(value).__name__}")
     return value

@@ -23,6 +23,7 @@ class Blink(ParquetQuestions):
     """Questions of the validation split, whose answers are public."""
 
     layout: ClassVar[str] = "<Task>/val*.parquet"
+    prompt: ClassVar[str] = f"{{prompt: the question and its choices}}\n{LETTER_PROMPT}"
     patterns: ClassVar[tuple[str, ...]] = ("**/val*.parquet", "**/*.parquet")
     id_column: ClassVar[str] = "idx"
 

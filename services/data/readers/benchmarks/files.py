@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from services.contracts import ImageRef, Item, Question, Turn
+from services.data.frames import spread_frames
 from services.data.readers.base import Notes
-from services.data.readers.corpus_files import unique_ids
+from services.data.readers.corpus_files import a_dict, unique_ids
 from services.errors import DataError
 
 Row = dict[str, Any]
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 WORD_PROMPT = "Please answer the question using a single word or phrase."
+ALL_PICTURES = "all pictures of a question, in order"
+SPREAD_FRAMES = "frames of a video at linspace(0, frames - 1, n), rounded down; all where it has fewer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class Questions(ABC):
 
     layout: ClassVar[str]
     """Its files in a few words, for error messages."""
+    prompt: ClassVar[str]
+    """The form in which it asks; recorded with every score."""
+    shows: ClassVar[str] = ALL_PICTURES
+    """Which pictures it shows; recorded with every score."""
 
     def __init__(self, settings: Settings, shared: Notes) -> None:
         self.settings = settings
@@ -74,10 +80,11 @@ class ParquetQuestions(Questions):
     @cached_property
     def tables(self) -> dict[Path, PictureTable]:
         """File -> its rows."""
-        return {path: PictureTable(path) for path in self.settings.files(*self.patterns)}
+        files = self.settings.files(*self.patterns)
+        return {path: PictureTable(path) for path in files if path.suffix == ".parquet"}
 
     @cached_property
-    def ids(self) -> Mapping[str, tuple[Path, int]]:
+    def ids(self) -> Mapping[str, Any]:
         """Id -> (file, row). Without a column of ids: name of the file and number of the row."""
         places = [(path, row) for path, table in self.tables.items() for row in range(len(table))]
         names = [self.tables[path].row(row).get(self.id_column) for path, row in places]
@@ -100,6 +107,37 @@ class ParquetQuestions(Questions):
     @abstractmethod
     def item(self, question_id: str, record: Row, path: Path, row: int) -> Item:
         """What a row says."""
+
+
+class TextQuestions(ParquetQuestions):
+    """Questions in a text file beside their pictures, or in Parquet files that hold both."""
+
+    @abstractmethod
+    def records(self) -> list[tuple[Path, Row, str]]:
+        """(file, record, where it stands) of all questions in text files."""
+
+    @abstractmethod
+    def text_item(self, question_id: str, record: Row, path: Path, where: str) -> Item:
+        """What a record of a text file says."""
+
+    @cached_property
+    def texts(self) -> Mapping[str, tuple[Path, Row, str]]:
+        """Id -> (file, record, where); empty where there are Parquet files."""
+        found = [] if self.tables else self.records()
+        names = unique_ids(record.get(self.id_column) for _, record, _ in found)
+        return {name: found[place] for name, place in names.items()}
+
+    @cached_property
+    def ids(self) -> Mapping[str, Any]:
+        """Ids in order, of the files that are there."""
+        return self.texts or super().ids
+
+    def read(self, question_id: str, notes: Notes) -> Item:
+        """The question of a record, or of a row."""
+        if question_id not in self.texts:
+            return super().read(question_id, notes)
+        path, record, where = self.texts[question_id]
+        return self.text_item(question_id, record, path, where)
 
 
 class PictureTable:
@@ -174,9 +212,33 @@ def video_frames(path: Path, frames: int, where: str) -> tuple[ImageRef, ...]:
 
     if not path.is_file():
         raise DataError(f"{path}: there is no such video ({where}); options.videos names the folder of the videos")
-    total = len(frame_times(path))
-    chosen = np.linspace(0, total - 1, min(frames, total)).astype(int)
-    return tuple(ImageRef(path=str(path), frame=int(frame)) for frame in chosen)
+    return tuple(ImageRef(path=str(path), frame=frame) for frame in spread_frames(len(frame_times(path)), frames))
+
+
+def picture_files(folders: Sequence[Path], names: Sequence[str], where: str) -> tuple[ImageRef, ...]:
+    """Named pictures, each in the first of the folders that has it. DataError names one that none has."""
+    found = []
+    for name in names:
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if path is None:
+            raise DataError(
+                f"{folders[0] / name}: there is no such file ({where}); options.images names the folder of the images"
+            )
+        found.append(ImageRef(path=str(path)))
+    return tuple(found)
+
+
+def json_lines(path: Path, shared: Notes) -> list[tuple[Row, str]]:
+    """The objects of a file of JSON lines, each with where it stands. DataError names a line that is none."""
+    found: list[tuple[Row, str]] = []
+    for number, line in enumerate(shared.text(path).splitlines(), start=1):
+        where = f"{path}: line {number}"
+        if line.strip():
+            try:
+                found.append((a_dict(json.loads(line), where), where))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: broken JSON ({error})") from error
+    return found
 
 
 def text_of(record: Mapping[str, Any], name: str, where: str) -> str:

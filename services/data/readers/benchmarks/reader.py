@@ -2,9 +2,10 @@
 
 Options:
 
-- ``name``: vsibench | blink | sparbench | 3dsrbench | seedbench | realworldqa; the scorer has the same name
-  (``models.metrics.benchmarks.scorer``).
-- ``images``: folder of pictures that files name (seedbench, a 3dsrbench CSV); default: the benchmark's own.
+- ``name``: vsibench | cvbench | sparbench | viewspatial | blink | 3dsrbench | seedbench | realworldqa; the scorer has
+  the same name (``models.metrics.benchmarks.scorer``).
+- ``images``: folder of pictures that files name (seedbench, viewspatial, lines of cvbench, a 3dsrbench CSV); default:
+  the benchmark's own.
 - ``videos``: folder of videos (vsibench, seedbench); default: the root.
 - ``frames``: pictures that stand for a video, evenly spaced from its first to its last frame.
 - ``part``: of seedbench, image | video | all.
@@ -30,11 +31,31 @@ from services.errors import ConfigError, DataError
 BENCHMARKS: dict[str, str] = {
     "3dsrbench": "three_dsr:ThreeDsrBench",
     "blink": "blink:Blink",
+    "cvbench": "cvbench:CvBench",
     "realworldqa": "realworldqa:RealWorldQA",
     "seedbench": "seedbench:SeedBench",
     "sparbench": "sparbench:SparBench",
+    "viewspatial": "viewspatial:ViewSpatial",
     "vsibench": "vsibench:VsiBench",
 }
+
+
+def benchmark_class(name: str) -> type[Questions]:
+    """The reader of a benchmark's files. ConfigError with the nearest name when there is none."""
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(str(name), BENCHMARKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"options.name={name!r} is not one of {', '.join(BENCHMARKS)}{hint}")
+    module, _, attribute = BENCHMARKS[name].partition(":")
+    benchmark: type[Questions] = getattr(import_module(f"{__package__}.{module}"), attribute)
+    return benchmark
+
+
+def protocol(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a benchmark with these options is asked: ``prompt``, ``frames`` (at most, of a video), ``frame_choice``."""
+    benchmark = benchmark_class(str(options.get("name", "")))
+    frames = int(options.get("frames", BenchmarkReader.options["frames"]))
+    return {"prompt": benchmark.prompt, "frames": frames, "frame_choice": benchmark.shows}
 
 
 class BenchmarkReader(Reader):
@@ -46,16 +67,10 @@ class BenchmarkReader(Reader):
     @cached_property
     def questions(self) -> Questions:
         """The benchmark's files. ConfigError when ``options.name`` is none of them."""
-        name = self.option("name")
-        if name not in BENCHMARKS:
-            near = difflib.get_close_matches(str(name), BENCHMARKS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"options.name={name!r} is not one of {', '.join(BENCHMARKS)}{hint}")
+        benchmark = benchmark_class(self.option("name"))
         frames = self.option("frames")
         if not isinstance(frames, int) or frames < 1:
             raise ConfigError(f"options.frames={frames!r} must be a whole number of at least 1")
-        module, _, attribute = BENCHMARKS[name].partition(":")
-        benchmark: type[Questions] = getattr(import_module(f"{__package__}.{module}"), attribute)
         settings = Settings(
             root=self.root,
             images=self.option("images"),

@@ -16,6 +16,7 @@ class RealWorldQA(ParquetQuestions):
     """Questions about pictures from vehicles; letters, or short answers."""
 
     layout: ClassVar[str] = "test*.parquet"
+    prompt: ClassVar[str] = "{question, which holds its options and how to answer}"
 
     def item(self, question_id: str, record: Row, path: Path, row: int) -> Item:
         """The question as it is written. Its type is ``choice`` where the answer is a letter, else ``open``."""

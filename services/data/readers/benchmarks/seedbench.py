@@ -18,7 +18,9 @@ from models.metrics.seedbench import IMAGE_DIMENSIONS, VIDEO_DIMENSIONS
 from services.contracts import ImageRef, Item
 from services.data.readers.base import Notes
 from services.data.readers.benchmarks.files import (
+    ALL_PICTURES,
     LETTER_PROMPT,
+    SPREAD_FRAMES,
     Questions,
     Row,
     lettered,
@@ -39,6 +41,8 @@ class SeedBench(Questions):
     """Questions with four choices."""
 
     layout: ClassVar[str] = f"{FILE}, with {IMAGES}/ of pictures"
+    prompt: ClassVar[str] = f"{{question}}\n{{options, one a line}}\n{LETTER_PROMPT}"
+    shows: ClassVar[str] = f"{ALL_PICTURES}; {SPREAD_FRAMES}, within the question's segment"
 
     @cached_property
     def _path(self) -> Path:

@@ -29,6 +29,10 @@ class SparBench(ParquetQuestions):
     """Questions of 20 tasks about one picture or several of a room."""
 
     layout: ClassVar[str] = "*.parquet with image, task, question, answer"
+    prompt: ClassVar[str] = (
+        f"{{question, which holds its options}}\n{LETTER_PROMPT}; numbers: {{question}}\n{WORD_PROMPT}; "
+        f"position_matching, camera_motion_infer: {_BOXES} before how to answer; view_change_infer: {{question}}"
+    )
 
     def item(self, question_id: str, record: Row, path: Path, row: int) -> Item:
         """The question and the published hints of its task."""

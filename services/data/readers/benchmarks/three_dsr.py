@@ -25,6 +25,7 @@ from services.data.readers.benchmarks.files import Questions, Row, Settings, mak
 from services.data.readers.corpus_files import unique_ids
 from services.errors import DataError
 
+SELECT_PROMPT = "Please select the correct answer from the options above."
 _LETTERS = "ABCD"
 _REFERENCE = 64
 """A cell this short names another row, or a file; no picture is that small."""
@@ -35,6 +36,7 @@ class ThreeDsrBench(Questions):
     """Questions about one picture, with mirrored and rotated variants where the table has them."""
 
     layout: ClassVar[str] = "*circular.tsv, another *.tsv, or *.csv"
+    prompt: ClassVar[str] = f"Question: {{question}}\nOptions:\n{{options, one a line}}\n{SELECT_PROMPT}"
 
     def __init__(self, settings: Settings, shared: Notes) -> None:
         super().__init__(settings, shared)
@@ -79,7 +81,7 @@ class ThreeDsrBench(Questions):
         text, answer = text_of(row, "question", where), text_of(row, "answer", where).upper()
         if answer not in {option[0] for option in options}:
             raise DataError(f"{where}: the answer {answer!r} is no letter of its {len(options)} options")
-        lines = [f"Question: {text}", "Options:", *options, "Please select the correct answer from the options above."]
+        lines = [f"Question: {text}", "Options:", *options, SELECT_PROMPT]
         return make_item(
             question_id,
             (self._picture(place, where),),

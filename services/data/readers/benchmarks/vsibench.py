@@ -5,20 +5,22 @@ Its other tables (pruned, debiased) are read when the root is that file; videos 
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import ClassVar
 
-from models.metrics.vsibench import CHOICE_TYPES, QUESTION_TYPES
+from models.metrics.vsibench import CHOICE_TYPES, NUMERIC_TYPES, QUESTION_TYPES, read_number
 from services.contracts import Item
 from services.data.readers.base import Notes
 from services.data.readers.benchmarks.files import (
     LETTER_PROMPT,
+    SPREAD_FRAMES,
     WORD_PROMPT,
     PictureTable,
     Questions,
     Row,
+    json_lines,
     make_item,
     text_of,
     video_frames,
@@ -26,11 +28,18 @@ from services.data.readers.benchmarks.files import (
 from services.data.readers.corpus_files import unique_ids
 from services.errors import DataError
 
+OPENING = "These are frames of a video."
+
 
 class VsiBench(Questions):
     """Questions about videos of rooms."""
 
     layout: ClassVar[str] = "test.jsonl or test-*.parquet, with arkitscenes/, scannet/ and scannetpp/ of videos"
+    prompt: ClassVar[str] = (
+        f"{OPENING}\n{{question}}\nOptions:\n{{options, one a line}}\n{LETTER_PROMPT}; "
+        f"numbers: {OPENING}\n{{question}}\n{WORD_PROMPT}"
+    )
+    shows: ClassVar[str] = SPREAD_FRAMES
 
     @cached_property
     def _records(self) -> list[tuple[Row, str]]:
@@ -41,12 +50,7 @@ class VsiBench(Questions):
                 self.shared.files.append(path)
                 found += [(table.row(row), f"{path}: row {row}") for row in range(len(table))]
                 continue
-            for number, line in enumerate(self.shared.text(path).splitlines(), start=1):
-                if line.strip():
-                    try:
-                        found.append((json.loads(line), f"{path}: line {number}"))
-                    except json.JSONDecodeError as error:
-                        raise DataError(f"{path}: line {number}: broken JSON ({error})") from error
+            found += json_lines(path, self.shared)
         return found
 
     @cached_property
@@ -64,6 +68,12 @@ class VsiBench(Questions):
         options = [str(option) for option in record.get("options") or []]
         if kind in CHOICE_TYPES and not options:
             raise DataError(f"{where}: a question of type {kind} has options, this one has none")
+        number = read_number(answer)
+        if kind in NUMERIC_TYPES and not (number is not None and 0 < number < math.inf):
+            raise DataError(
+                f"{where}: ground_truth={answer!r} of a question of type {kind} must be a positive number: answers are "
+                "scored by their error relative to it"
+            )
         root = self.settings.root if self.settings.root.is_dir() else self.settings.root.parent
         name = f"{text_of(record, 'dataset', where)}/{text_of(record, 'scene_name', where)}.mp4"
         video = self.settings.folder(self.settings.videos, root) / name
@@ -81,4 +91,4 @@ class VsiBench(Questions):
 def prompt(text: str, options: list[str]) -> str:
     """The published prompt: what the pictures are, the question, its options, how to answer."""
     tail = ["Options:", *options, LETTER_PROMPT] if options else [WORD_PROMPT]
-    return "\n".join(["These are frames of a video.", text, *tail])
+    return "\n".join([OPENING, text, *tail])

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from models.metrics import blink, realworldqa, seedbench, sparbench, three_dsr
+from models.metrics import blink, cvbench, realworldqa, seedbench, sparbench, three_dsr, viewspatial
 from models.metrics.benchmarks import BENCHMARKS, scorer
 
 
@@ -174,11 +174,85 @@ def test_3dsrbench_counts_a_question_only_with_all_its_variants() -> None:
 # --- the common interface --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        (" (b) two", "B"),
+        ("C. three", "C"),
+        ("Because", "B"),  # the first letter, whatever follows
+        ("((D", "D"),
+        ("1 (A)", ""),
+        ("", ""),
+        ("[A]", ""),
+    ],
+)
+def test_cvbench_letters(answer: str, letter: str) -> None:
+    assert cvbench.read_letter(answer) == letter
+
+
+def test_cvbench_averages_sources_and_not_questions() -> None:
+    assert [cvbench.score_answer(a, "(B)") for a in ("B", "(b)", "A", "")] == [1, 1, 0, 0]
+    scores = {
+        "ADE20K/Count": [1.0, 1.0, 1.0],
+        "ADE20K/Relation": [0.0],
+        "COCO/Count": [0.0, 1.0],
+        "Omni3D/Depth": [1.0],
+        "Omni3D/Distance": [0.0, 0.0, 0.0],
+    }
+    # 2D (0.75 + 0.5) / 2, 3D 0.25; the mean of those two, where 5 of 10 answers are right.
+    expected = {
+        "ADE20K": 0.75, "COCO": 0.5, "Omni3D": 0.25, "Count": 0.8, "Relation": 0.0, "Depth": 1.0, "Distance": 0.0,
+        "2D": 0.625, "3D": 0.25, "combined": 0.4375, "accuracy": 0.5,
+    }  # fmt: skip
+    assert cvbench.aggregate(scores) == pytest.approx(expected)
+    part = cvbench.aggregate({"COCO/Count": [1.0], "Omni3D/Depth": [0.0]})
+    assert part == {"COCO": 1.0, "Omni3D": 0.0, "Count": 1.0, "Depth": 0.0, "3D": 0.0, "accuracy": 0.5}
+    assert cvbench.aggregate({}) == {}
+    for wrong in ("COCO", "COCO/Taste", "SUN/Count"):
+        with pytest.raises(ValueError, match=f"unknown type '{wrong}' of CV-Bench"):
+            cvbench.aggregate({wrong: [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A", "A"),
+        ("b. left", "B"),
+        ("B\nno, it is (D)", "D"),  # the last line alone
+        ("B\n", ""),  # which may be empty
+        ("The answer is a chair, C", "A"),  # the article counts, as published
+        ("Both", ""),
+        ("E or D", "D"),
+        ("", ""),
+    ],
+)
+def test_viewspatial_letters(answer: str, letter: str) -> None:
+    assert viewspatial.read_letter(answer) == letter
+
+
+def test_viewspatial_averages_questions() -> None:
+    assert [viewspatial.score_answer(a, "B. front-right") for a in ("B", "b. left", "A", "")] == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match="the true answer 'front' states no letter"):
+        viewspatial.score_answer("", "front")
+    scores = {kind: [1.0] for kind in viewspatial.TYPES[1:]} | {viewspatial.TYPES[0]: [0.0, 0.0, 0.0, 1.0]}
+    result = viewspatial.aggregate(scores)
+    assert result[viewspatial.TYPES[0]] == 0.25
+    assert result["accuracy"] == result["overall"] == 5 / 8
+    part = viewspatial.aggregate({viewspatial.TYPES[2]: [1.0, 0.0]})
+    assert part == {viewspatial.TYPES[2]: 0.5, "accuracy": 0.5}
+    assert viewspatial.aggregate({}) == {}
+    with pytest.raises(ValueError, match="unknown types of ViewSpatial-Bench"):
+        viewspatial.aggregate({"Cat perspective": [1.0]})
+
+
 def test_every_benchmark_scores_merges_and_computes() -> None:
     examples = {
         "vsibench": ("object_counting", "4", "4", ()),
         "vsibench-words": ("object_counting", "4", "there are four", ()),
         "blink": ("Counting", "B", "(B)", ("A. 1", "B. 2")),
+        "cvbench": ("COCO/Count", "B", "(b) two", ("A. 1", "B. 2")),
+        "viewspatial": (viewspatial.TYPES[0], "C", "so: c. left", ()),
         "sparbench": ("depth_prediction_oc", "2.0", "2.0 m", ()),
         "3dsrbench": ("height_higher", "A", "A", ("A. x", "B. y")),
         "seedbench": ("Spatial Relation", "C", "C", ()),
@@ -193,6 +267,8 @@ def test_every_benchmark_scores_merges_and_computes() -> None:
         first.merge(pickle.loads(pickle.dumps(second)))
         assert 0.5 in first.compute().values(), name
         assert first.headline == BENCHMARKS[name].headline
+        assert BENCHMARKS[name].parser
+        assert set(BENCHMARKS[name].variants) <= set(BENCHMARKS)
         # A question that a padded batch asks twice counts once.
         first.add(id="a", type=kind, answer=answer, prediction="zzz", options=options)
         assert len(first.rows) == 2

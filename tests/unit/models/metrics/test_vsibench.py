@@ -98,6 +98,22 @@ def test_aggregate_is_the_mean_of_eight_tasks() -> None:
     assert result["overall"] == pytest.approx((0.5 * 7 + 1.0) / 8)
 
 
+def test_numerical_and_multiple_choice_are_means_of_four_tasks() -> None:
+    """The row of the paper's table for the 3B model: eight tasks, and what it makes of them."""
+    row = {
+        "object_counting": 69.0, "object_abs_distance": 39.3, "object_size_estimation": 70.6,
+        "room_size_estimation": 62.8, "object_rel_distance": 57.9, "route_planning": 36.1,
+        "obj_appearance_order": 73.6, "object_rel_direction_easy": 59.5, "object_rel_direction_medium": 59.5,
+        "object_rel_direction_hard": 59.5,
+    }  # fmt: skip
+    result = vsibench.aggregate({name: [score / 100] for name, score in row.items()})
+    means = [round(100 * result[name], 1) for name in ("numerical", "multiple_choice", "overall")]
+    assert means == [60.4, 56.8, 58.6]
+    without_one = {name: [0.5] for name in row if name != "route_planning"}
+    assert "numerical" in vsibench.aggregate(without_one)
+    assert not {"multiple_choice", "overall"} & set(vsibench.aggregate(without_one))
+
+
 def test_aggregate_of_a_part_has_no_overall() -> None:
     result = vsibench.aggregate({"object_counting": [1.0, 0.0], "object_rel_direction_easy": [1.0]})
     assert result == {"object_counting": 0.5, "object_rel_direction_easy": 1.0}

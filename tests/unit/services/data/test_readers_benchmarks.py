@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from configs.schema import SourceConfig
+from models.metrics.benchmarks import BENCHMARKS as SCORERS
 from models.metrics.benchmarks import scorer
 from models.metrics.seedbench import IMAGE_DIMENSIONS, VIDEO_DIMENSIONS
 from services.contracts import Item, Split
@@ -25,6 +26,8 @@ from services.data.ingest import index_reader
 from services.data.manifest import Manifest
 from services.data.readers import open_reader
 from services.data.readers.base import Reader
+from services.data.readers.benchmarks import BENCHMARKS as READERS
+from services.data.readers.benchmarks import protocol
 from services.errors import ConfigError, DataError
 from tests.support.films import write_video
 
@@ -113,6 +116,13 @@ def test_vsibench(tmp_path: Path, form: str) -> None:
     # 3 for 4: error 0.25 passes six of ten thresholds.
     scores = score(reader, "vsibench", {"0": "3", "1": "b."})
     assert scores == {"object_counting": pytest.approx(0.6), "object_rel_distance": 1.0}
+
+
+@pytest.mark.parametrize("truth", ["0", "-1", "many", "inf"])
+def test_vsibench_leaves_out_a_number_without_a_relative_error(tmp_path: Path, truth: str) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps(VSI[0] | {"ground_truth": truth}))
+    with pytest.raises(DataError, match=rf"line 1: ground_truth='{truth}' .*must be a positive number"):
+        benchmark(tmp_path, "vsibench").read("0")
 
 
 def test_vsibench_names_what_is_wrong(tmp_path: Path) -> None:
@@ -395,7 +405,156 @@ def test_3dsrbench_names_what_is_wrong(tmp_path: Path) -> None:
         benchmark(tmp_path, "3dsrbench").list_ids()
 
 
+# --- CV-Bench --------------------------------------------------------------------------------------------------------
+
+
+def cv_row(idx: int, source: str, task: str, answer: str, **fields: Any) -> dict[str, Any]:
+    kind = "3D" if source == "Omni3D" else "2D"
+    asked = "How many?\nSelect from the following choices.\n(A) 1\n(B) 2"
+    row = {"idx": idx, "type": kind, "task": task, "question": "How many?", "choices": ["1", "2"], "answer": answer}
+    return {**row, "prompt": asked, "source": source, "filename": f"{kind}/{idx}.png", **fields}
+
+
+CV = [
+    cv_row(0, "ADE20K", "Count", "(A)"),
+    cv_row(1, "COCO", "Relation", "(B)"),
+    cv_row(2638, "Omni3D", "Depth", "(B)"),
+]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_cvbench(tmp_path: Path, form: str) -> None:
+    if form == "parquet":
+        write_rows(tmp_path / "test_2d.parquet", [row | {"image": picture(row["idx"] + 1)} for row in CV[:2]])
+        write_rows(tmp_path / "test_3d.parquet", [CV[2] | {"image": picture(9)}])
+    else:
+        for row, value in zip(CV, (1, 2, 9), strict=True):
+            path = tmp_path / "img" / row["filename"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(value))
+        (tmp_path / "test_2d.jsonl").write_text("\n".join(json.dumps(row) for row in CV[:2]) + "\n")
+        (tmp_path / "test_3d.jsonl").write_text(json.dumps(CV[2]))
+    reader = benchmark(tmp_path, "cvbench")
+    assert reader.list_ids() == ["0", "1", "2638"]
+    first, last = item(reader, "0"), item(reader, "2638")
+    assert (grey(first), grey(last)) == ([1], [9])
+    assert first.turns[0].text == (
+        "How many?\nSelect from the following choices.\n(A) 1\n(B) 2\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert first.question is not None
+    assert (first.question.type, first.question.answer) == ("ADE20K/Count", "A")
+    assert first.question.options == ("A. 1", "B. 2")
+    scores = score(reader, "cvbench", {"0": "(A)", "1": "A", "2638": "b) 2"})
+    # 2D (1 + 0) / 2, 3D 1.
+    assert (scores["2D"], scores["3D"], scores["combined"]) == (0.5, 1.0, 0.75)
+    one = benchmark(tmp_path / f"test_3d.{form}", "cvbench")
+    assert one.list_ids() == ["2638"]
+    assert grey(item(one, "2638")) == [9]
+
+
+def test_cvbench_names_what_is_wrong(tmp_path: Path) -> None:
+    rows = [cv_row(0, "SUN", "Count", "(A)"), cv_row(1, "COCO", "Taste", "(A)"), cv_row(2, "COCO", "Count", "(C)")]
+    write_rows(tmp_path / "test_2d.parquet", [row | {"image": picture(1)} for row in rows])
+    reader = benchmark(tmp_path, "cvbench")
+    for name, message in (
+        ("0", r"test_2d\.parquet: row 0: source='SUN' is not one of ADE20K, COCO, Omni3D"),
+        ("1", "row 1: task='Taste' is not one of Count"),
+        ("2", "row 2: the answer 'C' is no letter of its 2 choices"),
+    ):
+        with pytest.raises(DataError, match=message):
+            reader.read(name)
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/test_2d.jsonl").write_text(json.dumps(cv_row(0, "COCO", "Count", "(A)")))
+    with pytest.raises(DataError, match=r"2D/0\.png: there is no such file .*line 1.*options\.images"):
+        benchmark(tmp_path / "lines", "cvbench").read("0")
+
+
+# --- ViewSpatial-Bench -----------------------------------------------------------------------------------------------
+
+
+def seen(kind: str, answer: str, names: list[str]) -> dict[str, Any]:
+    choices = "A. left\nB. front-up\nC. back\nD. right"
+    question = "Where is the lamp?"
+    return {"question_type": kind, "image_path": names, "question": question, "answer": answer, "choices": choices}
+
+
+@pytest.mark.parametrize("layout", ["repository", "download", "parquet"])
+def test_viewspatial(tmp_path: Path, layout: str) -> None:
+    names = [f"ViewSpatial-Bench/scannetv2_val/scene0011_00/original_images/{n}.jpg" for n in (20, 280)]
+    person = "Person perspective - Scene Simulation Relative Direction"
+    records = [
+        seen("Camera perspective - Relative Direction", "B. front-up", names[:1]),
+        seen(person, "A. left", names),
+    ]
+    if layout == "parquet":
+        shown = [[picture(20)], [picture(20), picture(28)]]
+        rows = [
+            {k: v for k, v in record.items() if k != "image_path"} | {"images": images}
+            for record, images in zip(records, shown, strict=True)
+        ]
+        write_rows(tmp_path / "data/test-00000-of-00001.parquet", rows)
+    else:
+        # The code's repository has the folder beside eval/, a download is the folder itself.
+        home = tmp_path / "eval" if layout == "repository" else tmp_path
+        for name, value in zip(names, (20, 28), strict=True):
+            place = tmp_path / (name if layout == "repository" else Path(name).relative_to("ViewSpatial-Bench"))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(png(value))
+        home.mkdir(exist_ok=True)
+        (home / "ViewSpatial-Bench.json").write_text(json.dumps(records))
+    reader = benchmark(tmp_path, "viewspatial")
+    first, second = reader.list_ids()
+    one, two = item(reader, first), item(reader, second)
+    assert (grey(one), grey(two)) == ([20], [20, 28])
+    assert one.turns[0].text == (
+        "Question: Where is the lamp?\nChoices: A. left\nB. front-up\nC. back\nD. right\n"
+        "Reply only to the corresponding option.\nAnswer:"
+    )
+    assert one.question is not None
+    assert (one.question.answer, one.question.options[1]) == ("B", "B. front-up")
+    scores = score(reader, "viewspatial", {first: "B. front-up", second: "It is D"})
+    assert scores == {"Camera perspective - Relative Direction": 1.0, person: 0.0, "accuracy": 0.5}
+
+
+def test_viewspatial_names_what_is_wrong(tmp_path: Path) -> None:
+    kind = "Camera perspective - Relative Direction"
+    records = [
+        seen("Cat perspective", "A. left", ["x.jpg"]),
+        seen(kind, "A. up", ["x.jpg"]),
+        seen(kind, "A. left", []),
+        seen(kind, "A. left", ["ViewSpatial-Bench/gone.jpg"]),
+    ]
+    (tmp_path / "x.jpg").write_bytes(png(1))
+    (tmp_path / "ViewSpatial-Bench.json").write_text(json.dumps(records))
+    reader = benchmark(tmp_path, "viewspatial")
+    for name, message in (
+        ("0", "question 0: question_type='Cat perspective' is not one of"),
+        ("1", r"question 1: the answer 'A\. up' is not one of its choices"),
+        ("2", "question 2: 'image_path' must be a list of names"),
+        ("3", r"gone\.jpg: there is no such file .*question 3.*options\.images"),
+    ):
+        with pytest.raises(DataError, match=message):
+            reader.read(name)
+    (tmp_path / "ViewSpatial-Bench.json").write_text("{}")
+    with pytest.raises(DataError, match="must hold a list of questions, holds dict"):
+        benchmark(tmp_path, "viewspatial").list_ids()
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_how_a_benchmark_is_asked_can_be_told() -> None:
+    assert set(READERS) == set(SCORERS) - {"plain", "vsibench-words"}
+    for name in READERS:
+        told = protocol({"name": name})
+        assert told["frames"] == 32
+        assert told["prompt"]
+        assert told["frame_choice"]
+    assert protocol({"name": "vsibench", "frames": 8})["frames"] == 8
+    assert "linspace" in protocol({"name": "vsibench"})["frame_choice"]
+    with pytest.raises(ConfigError, match="did you mean 'cvbench'"):
+        protocol({"name": "cv_bench"})
 
 
 def test_names_and_numbers_of_options(tmp_path: Path) -> None:
