@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.errors import ModelError
 from models.layers import Linear, Mlp, Rope2d
-from models.layers.attention import head_norm
+from models.layers.attention import RMS_EPS
 from models.layers.rope import turn
 
 BLOCK = "FieldBlock"
@@ -73,14 +73,16 @@ class FieldAttention(nn.Module):
             raise ModelError(f"attention: width {width} is not divisible by {heads} heads")
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
-        self.q_norm = head_norm("rmsnorm", width // heads)
-        self.k_norm = head_norm("rmsnorm", width // heads)
+        self.q_norm = nn.RMSNorm(width // heads, eps=RMS_EPS)
+        self.k_norm = nn.RMSNorm(width // heads, eps=RMS_EPS)
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """(B, N, width) -> (B, N, width)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = positions.queries(self.q_norm(q).to(v.dtype)), positions.keys(self.k_norm(k).to(v.dtype))
+        # In the dtype of the norms' weights: inside autocast the projection gives less.
+        q, k = (norm(x.to(norm.weight.dtype)).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = positions.queries(q), positions.keys(k)
         out = positions.outputs(F.scaled_dot_product_attention(q, k, positions.values(v)))
         return self.proj(out.transpose(1, 2).flatten(2))
 

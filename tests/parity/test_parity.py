@@ -173,6 +173,47 @@ def test_a_picture_stored_on_its_side_is_read_upright() -> None:
     torch.testing.assert_close(got["pred2/conf"], expected["pred2/conf"])
 
 
+SPA3R: dict[str, Any] = {
+    "model": "spa3r", "embed_dim": 48, "num_heads": 3, "num_queries": 6, "encoder_layers": 1, "decoder_layers": 3,
+    "vggt": {
+        "model": "vggt", "patch_size": 14, "image_size": 42, "num_register_tokens": 3, "embed_dim": 32, "num_heads": 2,
+        "vit_depth": 1, "depth": 3, "camera_head": {"trunk_depth": 1, "iterations": 2},
+        "dpt": {"features": 8, "out_channels": [4, 8, 8, 8], "layers": [0, 1, 2, 2]},
+    },
+    "semantic": {"dim": 10, "patch_size": 32}, "loss": "l1 + cosine, target views (the paper's variant)",
+    "qk_norm_global": "rmsnorm",
+}  # fmt: skip
+
+
+def test_other_configurations_of_spa3r_in_every_mode() -> None:
+    torch.manual_seed(0)
+    meta = {"config": SPA3R, "mode": "loss", "asymmetric": False}
+    model = cases.model_from_case(meta)
+    inputs = {
+        "images": torch.rand(2, 3, 3, 28, 56),
+        "view_mask": torch.tensor([[False, True, False], [False, False, True]]),
+    }
+    outputs = cases.run_case(model, meta, inputs)
+    mask = inputs["view_mask"]
+    assert outputs["agg_last"].shape == (2, 3, 4 + 8, 64)
+    assert outputs["rays"].shape == (6, 8, 3)
+    assert outputs["pred_sem"].shape == outputs["dino_target"].shape == (2, 3, 8, 10)
+    error = outputs["pred_geo"] - outputs["agg_last"][:, :, 4:]
+    torch.testing.assert_close(outputs["loss/geo/l1"], error.abs()[mask].mean())
+    terms = [outputs[f"loss/{name}"] for name in ("geo/l1", "geo/cos", "sem/l1", "sem/cos", "depth_prob")]
+    torch.testing.assert_close(outputs["loss"], torch.stack(terms).sum())
+    outputs["loss"].backward()
+    assert cases.gradient(model, "query_embed.weight").any()
+    with torch.no_grad():
+        context = torch.stack([inputs["images"][i][~mask[i]] for i in range(2)])
+        alone = cases.run_case(model, {**meta, "mode": "predict"}, {"images": context})
+        torch.testing.assert_close(alone["f_ctx"], outputs["f_ctx"])
+        torch.testing.assert_close(alone["latents"], outputs["encoder"][:, :6])
+        joint = cases.run_case(model, {**meta, "asymmetric": True}, inputs)
+        torch.testing.assert_close(joint["latents"], outputs["latents"], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(joint["agg_last"], outputs["agg_last"], atol=1e-4)
+
+
 def test_unknown_kinds_and_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"config.model='nerf'.*there are mast3r"):
         cases.model_from_case({"config": {"model": "nerf"}})
