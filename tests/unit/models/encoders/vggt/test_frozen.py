@@ -193,3 +193,12 @@ def test_encoders_that_do_not_fit_together() -> None:
         VggtPatches("random", height=30, width=42)
     with pytest.raises(WeightsError, match=r"uniugg-vit-tiny; family vggt takes vggt-\*"):
         VggtViews(patches, "none", arch={"model": "uniugg-vit-tiny"})
+
+
+@torch.no_grad()
+def test_one_view_is_a_set_that_is_its_own_context() -> None:
+    patches, views = both()
+    made = answer(views, records(patches, IMAGES[:1]), ("context",))
+    expected = patches.part.load()(pixels()[:, :1])
+    torch.testing.assert_close(made["tokens"].flatten(1), expected.features[0].flatten(1), rtol=1e-4, atol=1e-4)
+    assert made["pose"].shape == (1, 9)
