@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from actors.preflight import trained
 from actors.preflight.published import ARCHITECTURES as PUBLISHED
@@ -16,6 +17,9 @@ from models.spec import TensorSpec
 from services.features.encode import ragged_length
 from services.features.requests import encoder_config
 from services.streams.inputs import used_encoders
+
+if TYPE_CHECKING:
+    from models.encoders.qwen import QwenVision
 
 #: Activations alive at once in a transformer block, in widths of the network: input, residual, the MLP's hidden layer
 #: (4) and its activation (4), query, key and value (3).
@@ -82,6 +86,9 @@ def encoder_cost(name: str, config: RunConfig) -> EncoderCost:
             name, config, None if not settings.upstream else encoder_cost(settings.upstream, config).outputs
         )
         outputs, parameters, flops = made.outputs, made.parameters, made.flops
+    elif settings.family == "qwen2_5_vl":
+        tower, available = _describe_tower(settings)
+        outputs, parameters, flops = dict(tower.outputs()), tower.parameter_count(), tower.flops_per_image()
     elif input_kind(settings.family) is InputKind.IMAGE:
         encoder, available = _describe(settings)
         outputs, parameters, flops = dict(encoder.outputs()), hf.parameter_count(encoder), hf.flops_per_image(encoder)
@@ -126,6 +133,19 @@ def record_bytes(outputs: Mapping[str, TensorSpec], codec: str, views: int = 0) 
         else:
             total += numbers * BYTES[spec.dtype]
     return total
+
+
+def _describe_tower(settings: EncoderConfig) -> tuple[QwenVision, bool]:
+    """Qwen2.5-VL's vision tower without its weights, and whether these can be had."""
+    from models.encoders.qwen import QwenVision
+
+    sizes: dict[str, Any] = {"height": settings.height, "width": settings.width, "dtype": settings.dtype}
+    try:
+        return QwenVision(settings.weights, arch=settings.arch, seed=settings.seed, **sizes), True
+    except WeightsError:
+        if settings.weights not in PUBLISHED:
+            raise
+    return QwenVision("random", arch=PUBLISHED[settings.weights], **sizes), False
 
 
 def _describe(settings: EncoderConfig) -> tuple[HFEncoder, bool]:

@@ -17,6 +17,7 @@ from actors.preflight.rates import Rates, measured_rates
 from actors.preflight.roles import RoleCost, role_costs
 from actors.preflight.schedule import schedule
 from actors.preflight.sizes import DataSize, data_sizes, most_pictures
+from actors.preflight.view_sets import Drawn, describe_choices, drawn
 from actors.recipes import open_recipe
 from configs.schema import RunConfig
 from services.errors import PlacementError
@@ -56,8 +57,9 @@ def plan(
     data = data_sizes(config)
     sizes = _lengths(config, encoders, data)
     costs = role_costs(config, encoders, max(size.classes for size in data) or 1, sizes)
-    records = _records(config, encoders, data)
-    cache = _cache(config, encoders, records)
+    sets = drawn(config, data)
+    records = _records(config, encoders, data) | (dict(sets.stored) if sets else {})
+    cache = _cache(config, encoders, records, sets)
     bundles = placement.bundles_from_config(config)
     placed, problems = _place(config, bundles, machines)
     roles = tuple(_role(config, bundle, placed.get(bundle.role, ()), costs, encoders) for bundle in bundles)
@@ -82,10 +84,10 @@ def plan(
         encoders=tuple(encoders.values()),
         data=tuple(data),
         cache=cache,
-        schedule=schedule(config, costs, encoders, data, cache, found),
+        schedule=schedule(config, costs, encoders, data, cache, found, sets),
         problems=tuple(problems),
         missing=tuple(absent),
-        notes=tuple(_notes(config, data, encoders, costs, sizes)),
+        notes=(*_notes(config, data, encoders, costs, sizes), *_set_notes(config, sets, encoders)),
     )
 
 
@@ -190,7 +192,9 @@ def _records(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Seque
     return found
 
 
-def _cache(config: RunConfig, encoders: Mapping[str, EncoderCost], records: dict[str, int]) -> CachePlan:
+def _cache(
+    config: RunConfig, encoders: Mapping[str, EncoderCost], records: dict[str, int], sets: Drawn | None
+) -> CachePlan:
     """Admission keeps what is there, so a budget gives its share of hits."""
     cache = config.cache
     total = sum(records[name] * encoder.record_bytes for name, encoder in encoders.items())
@@ -201,8 +205,14 @@ def _cache(config: RunConfig, encoders: Mapping[str, EncoderCost], records: dict
         encoders=records,
         bytes=total,
         budget_bytes=cache.budget_bytes,
-        hit_rates=(0.0, share, share),
+        hit_rates=tuple(share * rate for rate in sets.hit_rates) if sets else (0.0, share, share),
     )
+
+
+def _set_notes(config: RunConfig, sets: Drawn | None, encoders: Mapping[str, EncoderCost]) -> list[str]:
+    if sets is None:
+        return []
+    return [describe_choices(config, sets, {name: encoder.record_bytes for name, encoder in encoders.items()})]
 
 
 def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> Lengths:

@@ -14,7 +14,15 @@ _LARGE: Mapping[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_
 #: A class token for each of four teachers, of which three have summaries.
 _RADIO: Mapping[str, Any] = {"patch_size": 16, "num_cls_tokens": 4, "num_registers": 4, "summary_idxs": [0, 1, 2]}
 
+#: The vision tower of Qwen2.5-VL, the same in all sizes but for the width of what it gives.
+_QWEN: Mapping[str, Any] = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": {**_QWEN, "out_hidden_size": 2048},
+    "Qwen/Qwen2.5-VL-7B-Instruct": {**_QWEN, "out_hidden_size": 3584},
     "facebook/dinov2-small": {**_SMALL, "patch_size": 14, "image_size": 518},
     "facebook/dinov2-base": {**_BASE, "patch_size": 14, "image_size": 518},
     "facebook/dinov2-large": {**_LARGE, "patch_size": 14, "image_size": 518},

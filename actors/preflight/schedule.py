@@ -10,10 +10,14 @@ from actors.preflight.plan import CachePlan, Schedule
 from actors.preflight.rates import Rates
 from actors.preflight.roles import RoleCost
 from actors.preflight.sizes import DataSize
+from actors.preflight.view_sets import KIND as VIEW_SET
+from actors.preflight.view_sets import Drawn
 from configs.schema import NodeConfig, RunConfig
+from services.features.encode import ragged_length
 from services.runtime import placement
 from services.streams.inputs import ALL, FeatureInput, kind_inputs, view_axes
 from services.streams.plan import micro_batch_kinds
+from services.streams.requests import reads_one_by_one
 
 #: Share of a training step's FLOPs that its forward pass takes (backward costs two forward passes).
 FORWARD = 1 / 3
@@ -28,8 +32,9 @@ def schedule(
     data: Sequence[DataSize],
     cache: CachePlan,
     rates: Rates,
+    sets: Drawn | None = None,
 ) -> Schedule:
-    """Steps, epochs and seconds.
+    """Steps, epochs and seconds; ``sets`` says what drawing view sets gave.
 
     Roles work beside each other, so a step lasts as long as the slowest of them; in one process, as long as all
     together.
@@ -39,6 +44,9 @@ def schedule(
     counts = Counter(micro_batch_kinds(config.recipe.quotas, trainer.accumulation))
     units = {split: {kind: sum(size.units(kind, split) for size in data) for kind in counts} for split in SPLITS}
     steps_per_epoch = min(units["train"][kind] // (trainer.micro_batch * count) for kind, count in counts.items())
+    if sets is not None:
+        units = {split: {VIEW_SET: count} for split, count in sets.sets.items()}
+        steps_per_epoch = sets.steps_per_epoch
     epochs = trainer.steps / steps_per_epoch if steps_per_epoch else 0.0
     seconds = {role: cost.flops / _rate(config, role) for role, cost in costs.items()}
     slowest = max(seconds, key=seconds.__getitem__)
@@ -57,6 +65,11 @@ def schedule(
         training: step_s * compared,
     }
     later = first | {"encoding": (1 - cache.hit_rates[1]) * first["encoding"]}
+    if sets is not None:
+        first["encoding"], later["encoding"] = (
+            sum(_encode_seconds(config, encoders[name], rates) * count for name, count in epoch.items())
+            for epoch in sets.encodings[:2]
+        )
     streaming = min(1.0, epochs) * max(first.values()) + max(0.0, epochs - 1) * max(later.values())
     if not steps_per_epoch:
         streaming = max(first.values())
@@ -92,9 +105,10 @@ def _read_seconds(
     inputs, read = kind_inputs(config, role), 0
     for kind, count in counts.items():
         for feature in inputs[kind].features if kind in inputs else ():
-            read += (
-                count * config.trainer.micro_batch * views_of(kind, feature) * encoders[feature.encoder].record_bytes
-            )
+            views = views_of(kind, feature)
+            if kind == VIEW_SET and reads_one_by_one(feature.encoder, config):
+                views = ragged_length(feature.encoder, config, sets=True)
+            read += count * config.trainer.micro_batch * views * encoders[feature.encoder].record_bytes
     slowest = min(node.read_gb_s for node in _holders(config, role))
     return read / (slowest * 1e9 * min(config.cluster.roles[role].workers))
 

@@ -41,6 +41,8 @@ class DataSize:
     """Of one item."""
     pairs: Mapping[str, int] | None = None
     """Pairs of views; None where they were not measured, or are not needed."""
+    scene_views: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Split -> views of each of its scenes; empty where it is not known."""
     of: str = ""
     """Source whose pictures these are; "" for pictures of its own."""
 
@@ -105,9 +107,12 @@ def _stored(name: str, source: SourceConfig, config: RunConfig) -> Manifest | No
 
 def _counted(name: str, manifest: Manifest, config: RunConfig, of: str = "") -> DataSize:
     views, items, pictures = Counter[str](), Counter[str](), Counter[str]()
+    scenes: dict[str, list[int]] = {}
     most = 0
     for entry in manifest.entries:
         views[str(entry.split)] += entry.n_views
+        if entry.kind == "scene" and entry.split is not None:
+            scenes.setdefault(str(entry.split), []).append(entry.n_views)
         if entry.kind == "item":
             items[str(entry.split)] += 1
             pictures[str(entry.split)] += entry.n_views
@@ -121,6 +126,7 @@ def _counted(name: str, manifest: Manifest, config: RunConfig, of: str = "") -> 
         pictures=dict(pictures),
         most_pictures=most,
         pairs=_pairs(name, manifest, config),
+        scene_views=scenes,
         of=of,
     )
 
@@ -176,6 +182,7 @@ def _rooms(name: str, rooms: RoomsConfig, source: SourceConfig, config: RunConfi
         source=name,
         scenes=count,
         views={split.value: splits[split] * per_room for split in Split},
+        scene_views={split.value: [per_room] * splits[split] for split in Split},
         classes=1 + max(c.id for c in CLASSES),
         pairs=None if made is None else _pairs(name, made, config),
     )

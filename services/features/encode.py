@@ -190,15 +190,16 @@ def record_bytes(outputs: Mapping[str, TensorSpec], ragged: int = _RAGGED) -> in
     )
 
 
-def ragged_length(name: str, config: RunConfig) -> int:
-    """Length to take for ragged axes of encoder ``name`` in estimates: of view sets, that of a middling one."""
-    while name:
+def ragged_length(name: str, config: RunConfig, *, sets: bool = False) -> int:
+    """Length to take for ragged axes of encoder ``name`` in estimates.
+
+    Of an encoder of view sets, the views of a middling set; so too for any encoder with ``sets``.
+    """
+    while name and not sets:
         settings = encoder_config(name, config)
-        if input_kind(settings.family) is InputKind.VIEWS:
-            least, most = config.recipe.view_set.views
-            return -(-(least + most) // 2)
-        name = settings.upstream
-    return _RAGGED
+        sets, name = input_kind(settings.family) is InputKind.VIEWS, settings.upstream
+    least, most = config.recipe.view_set.views
+    return -(-(least + most) // 2) if sets else _RAGGED
 
 
 def as_stored(answers: Sequence[Answer], config: RunConfig) -> list[Answer]:
