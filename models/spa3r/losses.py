@@ -1,4 +1,4 @@
-"""The losses of Spa3R's pre-training, as sums over patches and the counts that they are means over (section 3.3).
+"""The losses of Spa3R's pre-training, as sums over patches and the counts that they are means over.
 
 Per predicted target: ``<target>_l1``, the absolute (or smooth, beta 1) difference averaged over channels, and
 ``<target>_cosine``, 1 - cosine; and ``depth_probe``. Everything is float32, inside autocast too; a sample of weight 0

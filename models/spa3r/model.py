@@ -2,7 +2,7 @@
 
 The encoder reads the features of the context views beside learned queries; the queries' outputs are the latents. The
 decoder reads the latents and the rays of one view and gives a feature for every patch, from which heads predict what
-frozen networks see there (section 3 of the paper). A probe reads depth from the same features and teaches them nothing.
+frozen networks see there. A probe reads depth from the same features and teaches them nothing.
 """
 
 from __future__ import annotations
