@@ -214,6 +214,47 @@ def test_other_configurations_of_spa3r_in_every_mode() -> None:
         assert not torch.allclose(joint["agg_last"], outputs["agg_last"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "views", "size"),
+    [
+        ({"patch_size": 8, "image_size": 40, "num_register_tokens": 1}, 1, (40, 40)),
+        (
+            {"embed_dim": 48, "num_heads": 3, "depth": 6, "camera_head": {"trunk_depth": 1, "iterations": 2}},
+            4,
+            (14, 42),
+        ),
+        (
+            {"dpt": {"features": 24, "out_channels": [8, 12, 16, 20], "layers": [1, 1, 3, 2]}, "vit_depth": 1},
+            2,
+            (42, 70),
+        ),
+        ({"qk_norm_global": "rmsnorm"}, 3, (28, 112)),
+    ],
+)
+def test_other_configurations_of_vggt(changes: dict[str, Any], views: int, size: tuple[int, int]) -> None:
+    config = {
+        "model": "vggt", "patch_size": 14, "image_size": 56, "num_register_tokens": 4, "embed_dim": 32, "num_heads": 2,
+        "vit_depth": 2, "depth": 4, "camera_head": {"trunk_depth": 2, "iterations": 4},
+        "dpt": {"features": 16, "out_channels": [8, 8, 8, 8], "layers": [0, 1, 2, 3]}, **changes,
+    }  # fmt: skip
+    meta = {"config": config}
+    torch.manual_seed(0)
+    model = cases.model_from_case(meta)
+    state = {name: torch.randn_like(tensor) * 0.2 for name, tensor in model.state_dict().items()}
+    cases.load_case(model, meta, state)
+    outputs = cases.run_case(model, meta, {"images": torch.rand(2, views, 3, *size), "enc": torch.rand(2, views, 9)})
+    patches = math.prod(size) // config["patch_size"] ** 2
+    tokens = 1 + config["num_register_tokens"] + patches
+    assert outputs[f"agg{config['depth'] - 1}"].shape == (2, views, tokens, 2 * config["embed_dim"])
+    assert outputs["vit_patchtokens"].shape == (2 * views, patches, config["embed_dim"])
+    assert outputs["points"].shape == (2, views, *size, 3)
+    assert f"pose{config['camera_head']['iterations'] - 1}" in outputs
+    outputs["loss"].backward()
+    unused = ("point_head.", "aggregator.patch_embed.mask_token", "camera_head.empty_pose_tokens")
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert [name for name in missing if not name.startswith(unused)] == []
+
+
 def test_unknown_kinds_and_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"config.model='nerf'.*there are mast3r"):
         cases.model_from_case({"config": {"model": "nerf"}})
