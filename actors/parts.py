@@ -18,6 +18,7 @@ from torch import nn
 
 import configs
 from actors.driver import run_folder
+from actors.recipes.uniugg_unified import LATENTS
 from configs import ConfigError, RunConfig
 from configs.paths import RUN
 from models.encoders.uniugg import READS
@@ -38,7 +39,6 @@ ANSWERING = ("uniugg_align", *IMAGINING)
 """Recipes whose runs answer questions."""
 _FAMILY: Mapping[str, str] = {"vit": "uniugg_vit", "vae": "uniugg_vae"}
 """Encoder of the configuration -> family of the part that a run trains."""
-_LATENTS = ("latent_mean", "latent_scale")
 _DESCRIBING = ("recipe", "size")
 """Groups whose choice says which run is meant."""
 
@@ -286,8 +286,8 @@ def text_columns(config: RunConfig, llm: nn.Module) -> TextColumns:
 
 def check_latents(diffusion: nn.Module, vae: nn.Module) -> None:
     """WeightsError unless the diffusion was trained on the latents of this VAE, which it keeps the statistics of."""
-    mine, theirs = ({name: getattr(part, name) for name in _LATENTS} for part in (diffusion, vae))
-    for name in _LATENTS:
+    mine, theirs = ({name: getattr(part, name) for name in LATENTS} for part in (diffusion, vae))
+    for name in LATENTS:
         if mine[name].shape != theirs[name].shape or not torch.allclose(mine[name].cpu(), theirs[name].cpu()):
             raise WeightsError(
                 f"the diffusion was trained on latents with {name}={mine[name].tolist()}, those of the VAE have "

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from actors.recipes.base import Built, Facts, Part, Recipe, seeded
 from configs import ConfigError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _INIT = {LLM: ("llm", "language"), DIFFUSION: ("diffusion", "unet")}
 """Keys of ``model.init`` by role: the role as another run trained it, or public weights of its network."""
+LATENTS = ("latent_mean", "latent_scale")
+"""Statistics of the latents, which the VAE and the diffusion behind it both hold."""
 
 
 class UnifiedRecipe(Recipe):
@@ -158,12 +161,26 @@ class UnifiedRecipe(Recipe):
                 assert isinstance(module, ConditionedUNet), "the diffusion role is a conditioned UNet"
                 load_unet(module, init[network])
         if part in init:
+            expected = {name: getattr(module, name).clone() for name in LATENTS if hasattr(module, name)}
             load_part(module, init[part], new=("head.*",) if self.is_direct else ())
+            _check_latents(module, expected, init[part])
 
 
 def _readable(weights: str, facts: Facts) -> bool:
     """Whether there are weights to read settings from."""
     return weights != RANDOM and (not facts.assume or is_here(weights))
+
+
+def _check_latents(module: nn.Module, expected: Mapping[str, Tensor], start: str) -> None:
+    """WeightsError when the diffusion that was loaded had been trained on latents of another VAE than the run's."""
+    for name, wanted in expected.items():
+        found = getattr(module, name)
+        if not torch.allclose(found, wanted):
+            raise WeightsError(
+                f"model.init.diffusion={start} was trained on latents with {name}={found.tolist()}, those of "
+                f"encoders.vae have {wanted.tolist()}: they do not belong together; name the VAE that it was trained "
+                "behind, or the diffusion of a run behind this VAE"
+            )
 
 
 def _latents(folder: str) -> dict[str, Any]:

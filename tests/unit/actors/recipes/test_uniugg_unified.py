@@ -1,0 +1,59 @@
+"""What the third phase starts from: parts of runs and public weights, and what does not belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import configs
+import models
+from actors.recipes import open_recipe
+from actors.recipes.base import Facts
+from models.errors import WeightsError
+from models.pretrained import save_pretrained
+from models.spec import TensorSpec
+from tests.support.hub import empty_cache, snapshot
+from tests.support.uniugg_parts import save_part
+
+OUTPUTS = {
+    "vit": {"tokens": TensorSpec(shape=(1, 7, 7, 96), dtype="float32")},
+    "vae": {"mean": TensorSpec(shape=(4, 14, 14), dtype="float32")},
+}
+
+
+def started(root: Path, *overrides: str) -> Any:
+    """The diffusion of a run below ``root`` whose VAE lies there, as it begins."""
+    vae = root / "runs" / "uniugg_vae-tiny" / "weights" / "vae"
+    if not vae.exists():
+        save_part(vae, "vae")
+    recipe = open_recipe(configs.load(["recipe=uniugg_joint", f"storage.root={root}", *overrides]))
+    facts = Facts(outputs=lambda name: OUTPUTS[name], classes=1)
+    return recipe.rebuild("diffusion", recipe.describe("diffusion", facts)).module
+
+
+def test_a_diffusion_goes_on_behind_its_own_vae_only(tmp_path: Path) -> None:
+    saved = save_part(tmp_path / "diffusion", "diffusion", seed=3)
+    init = f"model.init.diffusion={saved}"
+    fresh, further = started(tmp_path, "model.init.llm=random"), started(tmp_path, "model.init.llm=random", init)
+    assert not torch.equal(fresh.unet.conv_in.weight, further.unet.conv_in.weight)
+    vae: Any = models.build("spatial-vae-tiny")
+    vae.latent_scale.fill_(0.25)
+    save_pretrained(vae, tmp_path / "runs/uniugg_vae-tiny/weights/vae", "spatial-vae-tiny", vae.settings)
+    assert float(started(tmp_path, "model.init.llm=random").latent_scale) == 0.25
+    with pytest.raises(
+        WeightsError, match=r"model\.init\.diffusion=.* latent_scale=1\.0, those of encoders\.vae have 0\.25"
+    ):
+        started(tmp_path, "model.init.llm=random", init)
+
+
+def test_a_run_starts_from_a_unet_of_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = snapshot(empty_cache(monkeypatch, tmp_path / "hub"), "somebody/diffusion")
+    source: Any = models.build("uniugg-unet-tiny")
+    source.unet.save_pretrained(folder / "unet")
+    made = started(tmp_path, "model.init.llm=random", "model.init.unet=somebody/diffusion")
+    assert torch.equal(made.unet.conv_in.weight, source.unet.conv_in.weight)
+    with pytest.raises(WeightsError, match=r"hf download somebody/other --include 'unet/config\.json'"):
+        started(tmp_path, "model.init.llm=random", "model.init.unet=somebody/other")
