@@ -148,7 +148,10 @@ def test_a_random_encoder_is_counted_without_its_weights(tmp_path: Path) -> None
     assert 1.0 < cost.flops / (2 * cost.parameters * tokens) < 1.5
 
 
-PUBLISHED_PARAMETERS = {"dinov2-small": 22.1e6, "dinov2-base": 86.6e6, "dinov2-large": 304.4e6, "dinov3-base": 85.7e6}
+PUBLISHED_PARAMETERS = {
+    "dinov2-small": 22.1e6, "dinov2-base": 86.6e6, "dinov2-large": 304.4e6, "dinov3-base": 85.7e6,
+    "qwen2_5_vl-3b": 668.7e6,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)

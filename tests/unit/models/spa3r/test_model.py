@@ -206,8 +206,7 @@ def test_start_values() -> None:
     state = module.state_dict()
     assert float(state["encoder.register_tokens"].std()) < 2e-6
     for name in ("query_embed.weight", "decoder.blocks.1.mlp.fc1.weight", "heads.geo.fc2.weight"):
-        assert 0.015 < float(state[name].std()) < 0.022
-        assert float(state[name].abs().max()) < 2.01
+        assert 0.018 < float(state[name].std()) < 0.022
     assert not state["encoder.blocks.0.attn.qkv.bias"].any()
 
 

@@ -265,3 +265,18 @@ def test_what_an_objective_needs_is_asked_for() -> None:
     for name, value in (("loss", "l2"), ("loss_views", "context")):
         with pytest.raises(ModelError, match=f"recipe.spa3r.{name}='{value}': allowed are"):
             FieldObjective(**{**vars(PAPER), name: value})
+
+
+def test_a_plan_can_build_and_step_it_without_memory() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode, bound, one = FakeTensorMode(allow_non_fake_inputs=True), role(), batch()
+    with mode:
+        module = models.build("spa3r-base")
+        wide = {
+            "tokens": torch.zeros(3, 4, 1, *GRID, 2048),
+            "semantic": torch.zeros(3, 4, 1, 14, 14, 1024),
+        }
+        sums = bound.step(module, one | wide, {}).sums
+        torch.stack(list(sums.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())

@@ -239,3 +239,32 @@ def test_threads_share_a_chat(byte: PreTrainedTokenizerFast) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = [encoded.ids for encoded in pool.map(chat.conversation, turns)]
     assert together == [Chat(byte, tokens_per_image=2).conversation(turn).ids for turn in turns]
+
+
+def test_images_as_qwen_reads_them(byte: PreTrainedTokenizerFast) -> None:
+    chat = Chat(byte, tokens_per_image=2, vision=True, system="Help.")
+    turns = [("user", "<image>\n<image>\nHow many?"), ("assistant", "Two.")]
+    block = "<|vision_start|>{}<|vision_end|>"
+    images = block.format("<|image_pad|>" * 3) + block.format("<|image_pad|>")
+    expected = f"<|im_start|>user\n{images}How many?<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>"
+    encoded = chat.conversation(turns, [3, 1])
+    assert byte.decode(encoded.ids).strip() == f"<|im_start|>system\nHelp.<|im_end|>\n{expected}"
+    assert spans(byte, encoded) == ["Two.<|im_end|>"]
+    bare = [("user", "How many?"), ("assistant", "Two.")]
+    assert chat.conversation(bare, [3, 1]) == encoded, "images in front, and no line break behind them"
+    assert chat.conversation(turns, 2).ids.count(token_id(byte, "<|image_pad|>")) == 4
+    assert encoded.ids[: len(chat.question(turns[:1], [3, 1]))] == chat.question(turns[:1], [3, 1]).ids
+    with pytest.raises(ModelError, match=r"an image needs at least one token, got \[3, 0\]"):
+        chat.conversation(turns, [3, 0])
+    with pytest.raises(ModelError, match="has 2 marks <image> and 1 images"):
+        chat.conversation(turns, [3])
+
+
+def test_images_of_different_sizes(byte: PreTrainedTokenizerFast) -> None:
+    chat = Chat(byte, tokens_per_image=2)
+    encoded = chat.conversation(
+        [("user", "a<image>b"), ("assistant", "c"), ("user", "<image>"), ("assistant", "d")], [1, 3]
+    )
+    text = byte.decode(encoded.ids)
+    assert "a<img><|image|></img>b" in text
+    assert "user\n<img><|image|><|image|><|image|></img>" in text
