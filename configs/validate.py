@@ -28,7 +28,9 @@ RECIPES = (
     "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
     "spa3r_pretrain",
 )  # fmt: skip
-IMAGE_FAMILIES = ("dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r", "vggt_patches")
+IMAGE_FAMILIES = (
+    "dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r", "vggt_patches", "qwen2_5_vl",
+)  # fmt: skip
 TEXT_FAMILIES = ("siglip2_text", "clip_text")
 RECORD_FAMILIES = ("pooled", "projection", "uniugg_vae", "uniugg_reconstruction", "vggt", "spa3r")
 """Families that read what another encoder made of pictures; vggt of all views of a sample together."""
@@ -79,7 +81,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 
 #: Patch size of a family's published networks, where ``arch`` or the name of the weights says nothing else.
-PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16, "vggt_patches": 14}
+PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16, "vggt_patches": 14, "qwen2_5_vl": 28}
 
 
 @dataclasses.dataclass(frozen=True)
