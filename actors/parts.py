@@ -213,12 +213,12 @@ def _check_together(
                 "part was trained again since, or replaced; train this run again too, or name the part that it was "
                 f"trained with by --part {name}=FOLDER"
             )
-    for name in ("vae", "spatial_decoder"):
+    for name in ("vae", "spatial_decoder", "llm"):
         reads = describe_pretrained(parts[name]).get(READS) if name in parts else None
         if reads and reads != digests.get("encoder", reads):
             raise WeightsError(
                 f"{parts[name]} was trained on tokens of a ViT with sha256 {str(reads)[:16]}..., the run's has "
-                f"{digests['encoder'][:16]}...; train recipe=uniugg_vae again behind this ViT"
+                f"{digests['encoder'][:16]}...; train recipe={_trained_by(name, config)} again behind this ViT"
             )
 
 

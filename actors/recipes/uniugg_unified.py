@@ -8,6 +8,7 @@ come from the feature service.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from actors.recipes.base import Built, Facts, Part, Recipe, seeded
 from configs import ConfigError
+from models.encoders.uniugg import READS
 from models.encoders.weights import RANDOM, is_here
 from models.pretrained import describe_pretrained, load_part, read_pretrained
 from models.registry import build, spec
@@ -28,6 +30,8 @@ from services.errors import WeightsError
 
 if TYPE_CHECKING:
     from actors.trainers.feed import Feed
+
+_log = logging.getLogger("loom3d")
 
 _INIT = {LLM: ("llm", "language"), DIFFUSION: ("diffusion", "unet")}
 """Keys of ``model.init`` by role: the role as another run trained it, or public weights of its network."""
@@ -61,7 +65,8 @@ class UnifiedRecipe(Recipe):
         return Built(module=module, spec=self._bound(role), settings=settings)
 
     def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: D102
-        return {role: Part(module=module, model=settings["model"], settings=settings["settings"])}
+        reads = self.config.encoders["vit"].digest if role == LLM else ""
+        return {role: Part(module=module, model=settings["model"], settings=settings["settings"], reads=reads)}
 
     def evaluate(  # noqa: D102
         self, trained: Mapping[str, Built], feed: Feed, folder: Path, *, split: Split, device: str
@@ -161,9 +166,20 @@ class UnifiedRecipe(Recipe):
                 assert isinstance(module, ConditionedUNet), "the diffusion role is a conditioned UNet"
                 load_unet(module, init[network])
         if part in init:
+            self._warn_of_other_tokens(init[part])
             expected = {name: getattr(module, name).clone() for name in LATENTS if hasattr(module, name)}
             load_part(module, init[part], new=("head.*",) if self.is_direct else ())
             _check_latents(module, expected, init[part])
+
+    def _warn_of_other_tokens(self, start: str) -> None:
+        """Say aloud that a part was trained on tokens of another ViT than the run's: a start, but a poor one."""
+        learnt, vit = describe_pretrained(start).get(READS), self.config.encoders["vit"].digest
+        if learnt and vit and learnt != vit:
+            _log.warning(
+                "model.init.llm=%s was trained on tokens of a ViT with sha256 %s..., encoders.vit has %s...: its "
+                "projector must learn to read them anew; recipe=uniugg_align behind this ViT makes a better start",
+                start, learnt[:16], vit[:16],
+            )  # fmt: skip
 
 
 def _readable(weights: str, facts: Facts) -> bool:

@@ -115,6 +115,10 @@ def test_a_vit_that_was_trained_again_is_refused_unless_it_is_asked_for(root: Pa
     with pytest.raises(WeightsError, match=r"encoder has sha256 .*was trained again since"):
         open_pipeline(folder)
     assert open_pipeline(folder, imagine=False, given={"encoder": encoder}).encoder is not None
+    described = json.loads((folder / "weights/llm/config.json").read_text())
+    (folder / "weights/llm/config.json").write_text(json.dumps({**described, "reads": "c" * 64}))
+    with pytest.raises(WeightsError, match=r"tokens of a ViT with sha256 cccc.*train recipe=uniugg_finetune again"):
+        open_pipeline(folder, imagine=False, given={"encoder": encoder})
 
 
 def test_modules_in_memory_stand_for_folders(root: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,27 @@ def test_a_run_starts_from_a_unet_of_the_hub_s_cache(tmp_path: Path, monkeypatch
     assert torch.equal(made.unet.conv_in.weight, source.unet.conv_in.weight)
     with pytest.raises(WeightsError, match=r"hf download somebody/other --include 'unet/config\.json'"):
         started(tmp_path, "model.init.llm=random", "model.init.unet=somebody/other")
+
+
+def test_a_language_model_of_another_vit_is_a_start_that_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What stage i trained says which tokens it knows: a later stage hears of others, and no view is shown to both."""
+    config = configs.load(["recipe=uniugg_align", f"storage.root={tmp_path}"])
+    vit = dataclasses.replace(config.encoders["vit"], digest="a" * 64)
+    config = dataclasses.replace(config, encoders={**config.encoders, "vit": vit})
+    module: Any = models.build("uniugg-llm-tiny")
+    settings = {"model": "uniugg-llm-tiny", "settings": module.settings}
+    (part,) = open_recipe(config).parts("llm", module, settings).values()
+    assert part.reads == "a" * 64
+    save_pretrained(module, tmp_path / "llm", part.model, part.settings, extra={"reads": part.reads})
+    for digest, warned in (("a", False), ("b", True)):
+        again = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, init={"llm": str(tmp_path / "llm")}),
+            encoders={"vit": dataclasses.replace(vit, digest=digest * 64)},
+        )
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="loom3d"):
+            open_recipe(again).rebuild("llm", settings)
+        assert ("trained on tokens of a ViT with sha256 aaaa" in caplog.text) is warned
