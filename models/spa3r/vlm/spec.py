@@ -16,9 +16,9 @@ from models.spec import Batch, ModelSpec, RoleSpec, StepOutput
 
 VLM, CONVERSATION = "vlm", "conversation"
 
-#: Linear layers of the language model. The adapter's have other names: it is new, and trained whole.
+#: Linear layers of the language model. The adapter's have other names: it is new, and, as the child that holds no
+#: update, trained whole. The role names no heads, since a baseline without adapter has none.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HEADS = ("adapter.*",)
 BLOCKS = ("Qwen2_5_VLDecoderLayer",)
 
 
@@ -40,7 +40,6 @@ ROLE = RoleSpec(
     counts=counts,
     kinds=(CONVERSATION,),
     lora_targets=LORA_TARGETS,
-    heads=HEADS,
     checkpointed=BLOCKS,
 )
 
