@@ -127,10 +127,13 @@ class FieldTransformer(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Linear layers and embeddings from a normal of deviation 0.02, cut at 2; biases 0; registers almost 0."""
+    """Linear layers and embeddings from a normal of deviation 0.02; biases 0; registers almost 0.
+
+    The published code cuts the normal at 2, a hundred deviations: torch's function for that can build no fake tensors.
+    """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Embedding):
-            nn.init.trunc_normal_(child.weight, std=_INIT_STD)
+            nn.init.normal_(child.weight, std=_INIT_STD)
         if isinstance(child, nn.Linear) and child.bias is not None:
             nn.init.zeros_(child.bias)
         if isinstance(child, FieldTransformer):

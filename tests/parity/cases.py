@@ -384,7 +384,7 @@ def _objective(config: Mapping[str, Any], model: Any) -> Any:
 
 
 def _run_spa3r(model: Any, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
-    parts = ("projection", "encoder", "pose_tokenizer", "decoder")
+    config, parts = meta["config"], ("projection", "encoder", "pose_tokenizer", "decoder")
     seen_by: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -392,12 +392,12 @@ def _run_spa3r(model: Any, meta: Meta, inputs: Mapping[str, Tensor]) -> Tensors:
 
     handles = [getattr(model.spa3r, name).register_forward_hook(note(name)) for name in parts]
     try:
-        if meta.get("mode", "loss") == "predict":
+        if meta.get("mode", config.get("mode", "loss")) == "predict":
             frozen = model.frozen(inputs["images"], None, asymmetric=True, probe=False)
             outputs = {"latents": model.predict(inputs["images"])}
         else:
-            objective = _objective(meta["config"], model)
-            asymmetric = bool(meta.get("asymmetric", True))
+            objective = _objective(config, model)
+            asymmetric = bool(meta.get("asymmetric", config.get("asymmetric", True)))
             frozen, field, losses = model(
                 inputs["images"], inputs["view_mask"].bool(), objective, asymmetric=asymmetric
             )
