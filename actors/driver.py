@@ -48,6 +48,7 @@ def train(config: RunConfig) -> RunResult:
     from actors import preflight
     from actors.evaluate import evaluate
     from actors.report import write_report
+    from services.data.leakage import refuse_leaks
     from services.data.pairs import open_pairs
     from services.data.sources import open_sources
     from services.features.encode import pin_weights
@@ -63,6 +64,7 @@ def train(config: RunConfig) -> RunResult:
         manifests = open_sources(config, progress=show)
         if needs_pairs(config):
             open_pairs(config, manifests, progress=show)  # plans, here and in workers, read what is then stored
+    refuse_leaks(config, manifests)
     for name, manifest in manifests.items():
         _log.info("data %s: %d entries, %d views", name, len(manifest), manifest.count_views())
     with ExitStack() as running:

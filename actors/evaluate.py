@@ -107,6 +107,7 @@ def evaluate_run(
 
     from actors.parts import open_run
     from actors.report import write_report
+    from services.data.leakage import refuse_leaks
     from services.data.sources import open_sources
     from services.features.client import FeatureClient
     from services.features.encode import pin_weights
@@ -120,6 +121,7 @@ def evaluate_run(
     store = open_store(config)
     with counting("", config.logger.progress) as show:
         manifests = open_sources(config, progress=show)
+    refuse_leaks(config, manifests)
     with (
         closing(FeatureClient(config, store)) as client,
         closing(Feed.open(config, manifests, client, store)) as feed,

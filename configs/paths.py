@@ -32,7 +32,13 @@ def expand(config: RunConfig) -> RunConfig:
         )
         for name, source in config.data.sources.items()
     }
-    data = dataclasses.replace(config.data, rooms=rooms, sources=sources, quarantine=_absolute(config.data.quarantine))
+    data = dataclasses.replace(
+        config.data,
+        rooms=rooms,
+        sources=sources,
+        quarantine=_absolute(config.data.quarantine),
+        evaluation_sets={name: _absolute(path) for name, path in config.data.evaluation_sets.items()},
+    )
     encoders = {
         name: dataclasses.replace(encoder, weights=_weights(encoder.weights, storage.root))
         for name, encoder in config.encoders.items()

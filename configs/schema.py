@@ -134,6 +134,11 @@ class DataConfig:
     max_broken: float = 0.01
     # File of sample or scene ids to leave out, as written by `loom3d data check`; "" for none.
     quarantine: str = ""
+    # Scenes that must not be trained on: name -> file with their ids (a list, one a line; a benchmark's own .json,
+    # .jsonl or .parquet; a .csv of splits), or a folder of such files. Benchmarks among the sources are sets anyway.
+    evaluation_sets: dict[str, str] = field(default_factory=dict)
+    # Evaluation sets, or sources of format benchmark, whose scenes training data may hold all the same.
+    allow_leak: list[str] = field(default_factory=list)
     # Questions made from the instances of a scene (`loom3d data questions`).
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     # Which views of a scene make a pair (`loom3d data pairs`).

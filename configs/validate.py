@@ -321,6 +321,17 @@ def _data(config: RunConfig) -> Iterator[str]:
                 )
 
 
+def _leaks(config: RunConfig) -> Iterator[str]:
+    benchmarks = (name for name, source in config.data.sources.items() if source.format == "benchmark")
+    known = [*config.data.evaluation_sets, *benchmarks]
+    for name in config.data.allow_leak:
+        if name not in known:
+            yield (
+                f"data.allow_leak has {name!r}, which is no evaluation set.{nearest(name, known)} There are: "
+                f"{', '.join(known) or 'none'} (data.evaluation_sets, and sources of format benchmark)"
+            )
+
+
 def _questions(name: str, sources: Mapping[str, SourceConfig]) -> Iterator[str]:
     """Rules for a source whose questions are made from the scenes of another."""
     key, of = f"data.sources.{name}.options.of", sources[name].options.get("of", "")
@@ -573,6 +584,7 @@ def _backends(config: RunConfig) -> Iterator[str]:
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _run,
     _data,
+    _leaks,
     _recipe,
     _encoders,
     _cache,

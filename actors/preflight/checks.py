@@ -59,6 +59,17 @@ def data_problems(config: RunConfig, data: Sequence[DataSize]) -> Iterator[str]:
         )
 
 
+def leak_problems(config: RunConfig) -> Iterator[str]:
+    """Training data that shares scenes with an evaluation set, as far as both were indexed before."""
+    from services.data.leakage import find_leaks, refusal, stored_manifests
+
+    found = [
+        leak for leak in find_leaks(config, stored_manifests(config)) if leak.evaluation not in config.data.allow_leak
+    ]
+    if found:
+        yield refusal(found)
+
+
 #: Kind -> what it is made of, and where that can be had.
 _NEEDS: Mapping[str, tuple[str, str]] = {
     "view": ("views of scenes", "data=rooms"),

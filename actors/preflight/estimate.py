@@ -70,6 +70,7 @@ def plan(
         *checks.memory_problems(roles, node_plans, gpu_memory),
         *checks.disk_problems(config, cache),
         *checks.data_problems(config, data),
+        *checks.leak_problems(config),
     ]
     found = measured_rates(rates) if rates else Rates()
     return Plan(

@@ -140,6 +140,26 @@ class Manifest:
         """Entries of a split in order, made when they are looked at."""
         return Entries(self._entries.filter(pc.equal(self._entries.column("split"), Split(split).value)))
 
+    def places(self, split: Split | str | None = None, without: Iterable[str] = ()) -> list[str]:
+        """Names by which scenes are told: ids of entries, folders of scenes' files, and files of items; each once.
+
+        ``split`` limits them to entries of a split (None: of all), ``without`` leaves entries out by their ids. Paths
+        are relative to the root.
+        """
+        entries = self._entries
+        if split is not None:
+            entries = entries.filter(pc.equal(entries.column("split"), Split(split).value))
+        skipped = pa.array(sorted(without), pa.string())
+        entries = entries.filter(pc.invert(pc.is_in(entries.column("id"), value_set=skipped)))
+        found = entries.column("id").to_pylist()
+        for kind in ("scene", "item"):
+            files = pc.list_flatten(entries.filter(pc.equal(entries.column("kind"), kind)).column("files"))
+            paths = self._files.column("path").take(pc.unique(files))
+            if kind == "scene":
+                paths = pc.unique(pc.replace_substring_regex(paths, r"(^|/)[^/]*$", ""))
+            found += paths.to_pylist()
+        return list(dict.fromkeys(path for path in found if path))
+
     @property
     def scene_types(self) -> tuple[str, ...]:
         """Every type of scene (label of an item) that occurs, sorted."""

@@ -1,22 +1,18 @@
-"""Pictures that occur twice, and scenes that an evaluation set holds too."""
+"""Pictures that occur twice."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from services.contracts import ImageRef
-from services.data.checks.findings import Fault, Finding, read_ids
+from services.data.checks.findings import Fault, Finding
 
 SAME_GREY = 4.0
 """Thumbnails of near-duplicates differ by at most this many grey levels on average."""
-_SCANNET = re.compile(r"(scene\d{4})_\d{2}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,52 +84,3 @@ def _repeat(fault: Fault, picture: Picture, before: Picture, how: str) -> Findin
         reason=f"{picture.image.path} {how} {before.image.path} of {where}",
         pictures=(picture.image, before.image),
     )
-
-
-def normalised(scene_id: str) -> str:
-    """A scene id as sets are compared: last part of a path, without a media suffix, in lower case."""
-    name = PurePosixPath(scene_id.strip().replace("\\", "/")).name.casefold()
-    return re.sub(r"\.(mp4|mov|avi|mkv|webm|zip|tar|ply|json|txt)$", "", name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSet:
-    """Scenes that must not be trained on: normalised ids, and content digests of pictures."""
-
-    name: str
-    ids: frozenset[str]
-    digests: frozenset[str]
-
-    @classmethod
-    def read(cls, name: str, path: Path) -> EvaluationSet:
-        """From a text file with one scene id, or one sha256 of a picture, a line. DataError when it cannot be read."""
-        lines = [line.casefold() for line in read_ids(path)]
-        digests = frozenset(line for line in lines if _DIGEST.fullmatch(line))
-        return cls(name=name, ids=frozenset(normalised(line) for line in lines if line not in digests), digests=digests)
-
-    def why(self, scene_id: str, digests: Iterable[str]) -> str | None:
-        """Why a scene is held to be in the set; None if it is not."""
-        mine = normalised(scene_id)
-        if mine in self.ids:
-            return f"the scene {mine} is in the evaluation set {self.name}"
-        match = _SCANNET.fullmatch(mine)
-        if match:
-            scans = sorted(other for other in self.ids if other.startswith(match[1] + "_"))
-            if scans:
-                return f"{mine} is another scan of the room of {scans[0]}, which is in the evaluation set {self.name}"
-        shared = self.digests.intersection(digests)
-        if shared:
-            return f"{len(shared)} of its pictures are in the evaluation set {self.name}"
-        return None
-
-
-def leaks(scenes: Mapping[str, Sequence[str]], sets: Sequence[EvaluationSet]) -> list[Finding]:
-    """A finding for each scene (id -> content digests) that an evaluation set holds."""
-    findings = []
-    for scene_id, digests in scenes.items():
-        for evaluation in sets:
-            reason = evaluation.why(scene_id, digests)
-            if reason is not None:
-                findings.append(Finding(fault=Fault.EVALUATION, scene=scene_id, reason=reason))
-                break
-    return findings

@@ -17,10 +17,12 @@ import torch
 from configs.schema import ChecksConfig, RunConfig
 from models.text import missing_answer
 from services.contracts import Item, Scene
+from services.data.checks.evaluation_sets import EvaluationSet
+from services.data.checks.evaluation_sets import findings as shared_scenes
 from services.data.checks.files import check_view, thumbnail
 from services.data.checks.findings import Fault, Finding, write_quarantine
 from services.data.checks.geometry import check_geometry
-from services.data.checks.repeats import EvaluationSet, Picture, identical, leaks, nearly_identical
+from services.data.checks.repeats import Picture, identical, nearly_identical
 from services.data.images import load_image
 from services.data.manifest import Manifest
 from services.errors import DataError
@@ -92,6 +94,8 @@ class _Checked:
     findings: tuple[Finding, ...]
     pictures: tuple[Picture, ...]
     overlaps: dict[str, float]
+    places: tuple[str, ...] = ()
+    """Files of an item's pictures, or the folder of a scene's first: their names tell which scenes they show."""
 
 
 def check_source(
@@ -111,11 +115,13 @@ def check_source(
     digests = {entry.id: entry.digests for entry in manifest.entries}
     pictures: list[Picture] = []
     overlaps: dict[str, float] = {}
+    places: dict[str, tuple[str, ...]] = {}
     # Scenes run in parallel; were torch to split its small operations too, threads would wait for each other.
     with ThreadPoolExecutor(config.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         readable: set[str] = set()
         results = pool.map(lambda name: _check(manifest.scene(name), digests[name], config, readable), ids)
-        for done, result in enumerate(results, start=1):
+        for done, (name, result) in enumerate(zip(ids, results, strict=True), start=1):
+            places[name] = tuple(path.removeprefix(f"{manifest.root}/") for path in result.places)
             findings += result.findings
             pictures += result.pictures
             overlaps |= result.overlaps
@@ -123,7 +129,7 @@ def check_source(
                 progress(done, len(ids))
     findings += identical(pictures)
     findings += nearly_identical(pictures, config.duplicate_bits)
-    findings += leaks(digests, evaluation_sets)
+    findings += shared_scenes({name: (places[name], digests[name]) for name in ids}, evaluation_sets)
     order = list(Fault)
     findings.sort(key=lambda f: (order.index(f.fault), f.scene, -1 if f.view is None else f.view))
     return CheckReport(
@@ -154,6 +160,7 @@ def _check_scene(scene: Scene, digests: Sequence[str], config: ChecksConfig) -> 
         findings=(*findings, *geometry.findings),
         pictures=pictures,
         overlaps={f"{scene.id}#view{view}": overlap for view, overlap in geometry.best_overlap.items()},
+        places=tuple(str(Path(view.image.path).parent) for view in scene.views[:1]),
     )
 
 
@@ -186,7 +193,8 @@ def _check_item(item: Item, digests: Sequence[str], readable: set[str]) -> _Chec
     pictures = [
         Picture(scene=item.id, view=None, image=image, digest=digest, thumbnail=None) for image, digest in shown
     ]
-    return _Checked(findings=tuple(findings), pictures=tuple(pictures), overlaps={})
+    places = tuple(dict.fromkeys(image.path for image in item.images))
+    return _Checked(findings=tuple(findings), pictures=tuple(pictures), overlaps={}, places=places)
 
 
 def run_check(
@@ -198,18 +206,24 @@ def run_check(
     """`loom3d data check`: check every source of the config and write its report into ``out/<source>``.
 
     Args:
-        config: The run.
+        config: The run. Its evaluation sets, and the benchmarks among its sources, are held against its other sources
+            unless ``data.allow_leak`` names them.
         out: Folder of the reports.
-        evaluation_sets: Name -> text file with one scene id (or sha256 of a picture) a line.
+        evaluation_sets: Name -> a further file or folder that :meth:`EvaluationSet.read` understands.
         progress: Called with (done, total) for each source.
     """
+    from services.data.leakage import BENCHMARK
+    from services.data.leakage import evaluation_sets as sets_of
     from services.data.sources import open_sources
 
-    sets = [EvaluationSet.read(name, Path(path)) for name, path in (evaluation_sets or {}).items()]
+    given = [EvaluationSet.read(name, Path(path)) for name, path in (evaluation_sets or {}).items()]
     # The check is there to find out what is broken, so it must not stop where a run would.
     tolerant = dataclasses.replace(config, data=dataclasses.replace(config.data, max_broken=1.0))
     reports = []
-    for name, manifest in open_sources(tolerant).items():
+    manifests = open_sources(tolerant)
+    own = [one for one in sets_of(config, manifests) if one.name not in config.data.allow_leak]
+    for name, manifest in manifests.items():
+        sets = given if config.data.sources[name].format == BENCHMARK else [*given, *own]
         report = check_source(manifest, config.data.checks, sets, progress)
         report.write(out / name)
         reports.append(report)

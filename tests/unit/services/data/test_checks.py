@@ -16,9 +16,9 @@ from PIL import Image
 from configs.schema import ChecksConfig
 from services.contracts import ImageRef, Item, Scene, Turn
 from services.data.checks import CheckReport, EvaluationSet, Fault, check_source
+from services.data.checks.evaluation_sets import normalised
 from services.data.checks.findings import Finding, write_quarantine
 from services.data.checks.geometry import best_overlap, small_depth, wrong_scales
-from services.data.checks.repeats import normalised
 from services.data.digests import content_digest
 from services.data.rows import Entry
 from services.errors import DataError
