@@ -34,6 +34,7 @@ EXAMPLES = 4
 ORIGINALS, NOT_FINETUNED = "originals, first decoder", "reconstructions, first decoder"
 MEAN_ORIGINAL = "mean token"
 PLANE, UNTRAINED, CHANCE, MEAN_COLOUR = "mean-depth plane", "untrained network", "chance", "mean colour"
+POSED_PLANE = "mean-depth plane, true pose given"
 
 Views = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
@@ -99,12 +100,15 @@ class TrainingMeans:
             raise DataError("the pairs of the training split have no known depth; check them with `loom3d data check`")
         return cls(depth=depth_sum / pixels, colour=(colours / images).float())
 
-    def views(self, batch: Mapping[str, Any]) -> Views:
-        """The plane of mean depth before each camera, painted in the mean colour."""
-        targets = pair_targets(batch["depth"], batch["K"], batch["pose"])
-        _, _, height, width, _ = targets.points.shape
-        eye = torch.eye(4).expand(len(batch["K"]), 4, 4)
-        to_first = torch.linalg.inv(batch["pose"][:, 0].double()) @ batch["pose"][:, 1].double()
+    def views(self, batch: Mapping[str, Any], *, posed: bool) -> Views:
+        """The plane of mean depth before each camera, painted in the mean colour.
+
+        Who has not looked at the views does not know how the camera moved: to it both cameras stand in one place.
+        ``posed`` tells it the true pose, which no trained network is told.
+        """
+        height, width = batch["depth"].shape[-2:]
+        eye = torch.eye(4, dtype=torch.float64).expand(len(batch["K"]), 4, 4)
+        to_first = torch.linalg.inv(batch["pose"][:, 0].double()) @ batch["pose"][:, 1].double() if posed else eye
         return tuple(  # type: ignore[return-value]
             {
                 "pts3d": plane_points(self.depth, batch["K"][:, place], pose.float(), height, width),
@@ -123,7 +127,7 @@ def judge_encoder(
     assert isinstance(untrained, EncoderPretraining), "the recipe makes this model"
     with events.span("survey"):
         means = TrainingMeans.measure(feed)
-    scores = {name: PairScores() for name in ("trained", UNTRAINED, PLANE)}
+    scores = {name: PairScores() for name in ("trained", UNTRAINED, PLANE, POSED_PLANE)}
     cosine = {name: Means() for name in ("trained", UNTRAINED)}
     losses = {name: LossTally(weights=recipe.loss_weights(built.spec.name)) for name in ("trained", UNTRAINED)}
     album, samples, shown = Album(folder), 0, _shown(feed, split)
@@ -139,7 +143,8 @@ def judge_encoder(
             cosine[name].update({"cosine": token_cosine(out.tokens, teacher)})
             if name == "trained" and number in shown:
                 draw_pair(album, kept, out.views)
-        scores[PLANE].update(means.views(kept), kept)
+        for name in (PLANE, POSED_PLANE):
+            scores[name].update(means.views(kept, posed=name == POSED_PLANE), kept)
         samples += len(kept["weight"])
     _require(samples, split)
     album.save()
@@ -151,7 +156,7 @@ def judge_encoder(
             found[PLANE][f"{view}/error"],
             PLANE,
             "lower",
-            **{UNTRAINED: found[UNTRAINED][f"{view}/error"]},
+            **{name: found[name][f"{view}/error"] for name in (POSED_PLANE, UNTRAINED)},
         )
         for view in ("view1", "view2")
     }
