@@ -126,6 +126,17 @@ VERBS: Mapping[str, Verb] = {
             _option("--out", metavar="FILE", help="write the answers here (default: <run>/asked/IMAGE.json)"),
         ),
     ),
+    "show-field": Verb(
+        commands.show_field,
+        "draw what a Spa3R run predicts at unseen views, beside what is there",
+        (
+            _RUN,
+            _option("--split", choices=["train", "val", "test"], default="test", help="of the data (test)"),
+            _option("--scene", metavar="SCENE", default="", help="only this one, as SCENE or SOURCE/SCENE"),
+            _option("--sets", metavar="N", type=int, default=4, help="view sets to draw (4)"),
+            _option("--out", metavar="FOLDER", default="", help="write here (default: <run>/field)"),
+        ),
+    ),
     "export": Verb(
         commands.export,
         "write a run's weights as transformers, diffusers and PEFT load them, with a model card",

@@ -92,6 +92,17 @@ def ask(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_field(args: argparse.Namespace) -> int:
+    """Draw predicted features beside those that are there."""
+    from actors import show_field as verb
+
+    made = verb.run(args)
+    for target, cosine in made.cosines.items():
+        print(f"{target:<6}cosine {cosine:.3f} at unseen views of the sets that were read")
+    print(f"{made.pictures} pictures, listed in {made.folder}")
+    return 0
+
+
 def export(args: argparse.Namespace) -> int:
     """Write a run in the layouts of other libraries."""
     from actors import export as verb

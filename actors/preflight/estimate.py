@@ -157,7 +157,8 @@ def _role(
     if bundle.role == "feature":
         peak, buffers = encoding, config.cache.shard_bytes
     else:
-        peak, buffers = costs[bundle.role].peak, config.trainer.prefetch_steps * costs[bundle.role].batch
+        cost = costs[bundle.role]
+        peak, buffers = cost.peak, config.trainer.prefetch_steps * cost.batch + cost.host
         if config.cluster.mode == "inline" and bundle.role == next(iter(costs)):
             buffers += encoding  # in the one process that there is
     on_gpu = bundle.asks.get("GPU", 0.0) > 0

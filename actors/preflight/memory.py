@@ -1,23 +1,37 @@
 """Parameters, work and memory of one role's training step, from its model as fake tensors (no memory, no time).
 
-Memory of one worker, in bytes (AdamW, weights in float32):
+Memory of one worker in bytes, AdamW on weights of float32. T is the bytes of the trained parameters, W of all of them
+with the buffers, N the workers of the role, "part" what a worker keeps of something that is cut: 1/N of it. What stays:
 
-    weights      4 a parameter, and the buffers
-    gradients    4 a trainable parameter
-    optimiser    8 a trainable parameter (two moments)
-    activations  the storages that autograd keeps for the backward pass of one micro-batch, counted by running the
-                 forward pass on fake tensors under saved-tensor hooks (each storage once; parameters, buffers
-                 and the batch itself are not counted again)
-    batch        the collated tensors of one micro-batch
-    working      twice the largest of the activations: the gradients that enter and leave an operation of its size
+    term        single, ddp   fsdp2         zero2       zero3
+    weights     W             W part        W           W part
+    master      -             -             T part      T part      the optimiser's own copy of the weights
+    optimiser   2T            2T part       2T part     2T part     two moments; a moving average adds T, or its part
+    buckets     -             -             b           b           b: gradients on their way, at most 400 MB
+    gradients   T             T part        T part      T part
 
-The peak is early in the backward pass, when all activations are still there and the gradients of the largest ones
-are being made: weights + optimiser + activations + batch + working. With accumulation the parameters' gradients are
-there too; without, they grow while the activations go, so only the larger of the two counts. A moving average of the
-weights adds 4 a trainable parameter. Micro-batches that wait in the loader are host memory and counted apart.
+and what comes and goes, of which the largest counts:
 
-With activation checkpointing a block keeps its inputs only; what it saves itself is there for one block at a time
-(working), and its forward pass is counted twice. A backend that shards divides by its workers: see :func:`spread`.
+    backward    activations + working + gathered; with accumulation, and in zero3, the gradients are there beside
+                them, else they grow while the activations go and the larger of gradients and working counts
+    reducing    the gradients, and the copies that travel: T (ddp) · b, or the largest parameter (zero2, zero3) ·
+                the outer unit, its whole gradient and the copy that is scattered (fsdp2)
+    updating    the gradients, and on a GPU one temporary of their size; zero2 and zero3 flatten a copy too
+
+    activations the storages that autograd keeps for the backward pass of one micro-batch, counted by running the
+                forward pass on fake tensors under saved-tensor hooks (each storage once; parameters, buffers and the
+                batch itself are not counted again). The logits of a language model are among them, as often as they
+                are kept: as the head gives them, in float32, normalised. So are the casts of weights that autocast
+                makes, whole also where weights are cut; with checkpointing those of one block at a time
+    working     twice the largest of the activations (often the logits): the gradients that enter and leave an
+                operation of its size; with checkpointing, what a block keeps while it is computed again
+    gathered    weights that are whole for a while: fsdp2, the outer unit (all that lies in no block) and two blocks,
+                or everything without resharding; zero3, up to a thousand million parameters and the largest one
+    batch       the collated tensors of one micro-batch
+
+With ``backend.offload`` master, moments and gradients (``optimizer``), and the part of the weights (``parameters``) are
+host memory, which is counted apart, as are micro-batches that wait in the loader. With activation checkpointing a block
+keeps its inputs only, and its forward pass is counted twice.
 """
 
 from __future__ import annotations
@@ -33,6 +47,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from actors.preflight.fake import stepping
+from actors.trainers.tensors import bucket_elements
+from configs.schema import BackendConfig
 from models.spec import RoleSpec
 
 #: Host memory of a worker process before it holds any tensor: interpreter, torch, Ray.
@@ -44,7 +60,7 @@ _ZERO3_LIVE = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """One worker's training step on one micro-batch."""
+    """One worker's training step on one micro-batch; the terms are those of the module's docstring, in bytes."""
 
     trainable: int
     frozen: int
@@ -56,11 +72,30 @@ class StepCost:
     activations: int
     batch: int
     working: int
+    master: int = 0
+    buckets: int = 0
+    gathered: int = 0
+    reducing: int = 0
+    """Beside the gradients, while they are summed over the workers."""
+    updating: int = 0
+    """Beside the gradients, while the optimiser steps."""
+    gradients_stay: bool = False
+    """Whether the gradients have memory all the time."""
+    host: int = 0
+    """Of what is kept for the device in the host's memory."""
 
     def peak(self, accumulation: int = 1) -> int:
-        """Peak bytes of tensors in a step of ``accumulation`` micro-batches."""
-        gradients = self.gradients + self.working if accumulation > 1 else max(self.gradients, self.working)
-        return self.weights + self.optimiser + self.activations + self.batch + gradients
+        """Peak bytes of tensors on the device in a step of ``accumulation`` micro-batches."""
+        if accumulation > 1 or self.gradients_stay:
+            gradients = self.gradients + self.working
+        else:
+            gradients = max(self.gradients, self.working)
+        stays = self.weights + self.master + self.optimiser + self.buckets + self.batch
+        return stays + max(
+            self.activations + self.gathered + gradients,
+            self.gradients + self.reducing,
+            self.gradients + self.updating,
+        )
 
 
 def step_cost(
@@ -95,7 +130,10 @@ def step_and_outputs(
     with stepping(module), FlopCounterMode(display=False) as counter:
         tape = _Tape([*parameters, *module.buffers(), *_tensors(batch), *received.values()], counter)
         blocks = role.checkpointed if checkpointing else ()
-        with tape.recording(module, blocks), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with (
+            tape.recording(module, blocks),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=not checkpointing),
+        ):
             output = role.step(module, batch, received)
         ends = [value.float() for value in output.sums.values()]
         ends += [sent.float().sum() for sent in output.outputs.values()]  # their gradients come back
@@ -104,8 +142,6 @@ def step_and_outputs(
         flops = int(counter.get_total_flops()) + tape.recomputed
     count = sum(p.numel() for p in trainable)
     working = 2 * max(tape.saved, default=0) + tape.largest_block
-    if checkpointing and autocast:  # casts of the weights live until the forward pass ends
-        working = max(working, count * 2)
     cost = StepCost(
         trainable=count,
         frozen=sum(p.numel() for p in parameters) - count,
@@ -192,39 +228,90 @@ class _Tape:
 
 
 def spread(
-    cost: StepCost, module: nn.Module, role: RoleSpec, backend: str, workers: int, *, reshard: bool = True
+    cost: StepCost,
+    module: nn.Module,
+    role: RoleSpec,
+    backend: BackendConfig,
+    workers: int,
+    *,
+    accelerated: bool = False,
 ) -> StepCost:
-    """``cost`` on one of ``workers`` of a backend; single and ddp keep everything on each of them.
+    """``cost``, as one process alone has it, on one of ``workers`` of a backend: see the module's docstring.
 
-    fsdp2 divides weights, gradients and moments, and gathers the block at work and the next one (without
-    resharding: all of them). zero2 divides gradients and moments and keeps another copy of its part of the weights;
-    zero3 divides the weights too, and keeps up to a thousand million of them gathered.
+    ``accelerated``: the optimiser steps on a GPU, where it works on all parameters at once.
     """
-    if workers == 1:
-        return cost
-    if backend in ("single", "ddp"):
-        # Gradients, as one flat vector and as the message that is summed, when activations are gone.
-        return dataclasses.replace(cost, working=max(cost.working, 3 * cost.gradients - cost.activations))
-    weights, optimiser = cost.weights, cost.optimiser
-    if backend == "zero2":
-        optimiser += cost.gradients
-    elif backend == "zero3":
-        weights = weights // workers + min(weights, 4 * _ZERO3_LIVE)
-        optimiser += cost.gradients
-    else:
-        gathered = 2 * _largest_block(module, role) if reshard else weights
-        weights = weights // workers + min(gathered, weights)
+    temporary = cost.gradients if accelerated else 0
+    if backend.name in ("single", "ddp"):
+        return dataclasses.replace(cost, reducing=cost.gradients if workers > 1 else 0, updating=temporary)
+    if backend.name == "fsdp2":
+        return _fsdp2(cost, module, role, workers, reshard=backend.reshard_after_forward, temporary=temporary)
+    return _zero(cost, module, backend, workers, temporary)
+
+
+def _fsdp2(
+    cost: StepCost, module: nn.Module, role: RoleSpec, workers: int, *, reshard: bool, temporary: int
+) -> StepCost:
+    outer, blocks = _units(module, role)
+    block = max((sum(map(_bytes, unit)) for unit in blocks), default=0)
+    rest, trained = sum(map(_bytes, outer)), sum(_bytes(p) for p in outer if p.requires_grad)
+    whole = rest + sum(_bytes(p) for unit in blocks for p in unit)
+    alone = workers == 1  # a group of one gathers nothing
     return dataclasses.replace(
-        cost, weights=weights, gradients=cost.gradients // workers, optimiser=optimiser // workers
+        cost,
+        weights=cost.weights - whole + whole // workers,
+        gradients=cost.gradients // workers,
+        optimiser=cost.optimiser // workers,
+        gathered=0 if alone else min(rest + 2 * block, whole) if reshard else whole,
+        reducing=0 if alone else rest + 2 * trained,
+        updating=temporary // workers,
     )
 
 
-def _largest_block(module: nn.Module, role: RoleSpec) -> int:
-    """Bytes of the largest unit that is gathered at once: a block, or all that lies in none."""
+def _zero(cost: StepCost, module: nn.Module, backend: BackendConfig, workers: int, temporary: int) -> StepCost:
+    stage3 = backend.name == "zero3"
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    largest = max((_bytes(p) for p in parameters), default=0)
+    bucket = 4 * bucket_elements(cost.trainable) if parameters else 0
+    master = gradients = cost.gradients // workers
+    optimiser, weights, gathered = cost.optimiser // workers, cost.weights, 0
+    if stage3:
+        whole = sum(map(_bytes, module.parameters()))
+        gathered = min(whole, 4 * _ZERO3_LIVE + max(map(_bytes, module.parameters()), default=0))
+        weights = cost.weights - whole + whole // workers
+    part = dataclasses.replace(
+        cost,
+        weights=weights,
+        master=master,
+        gradients=gradients,
+        optimiser=optimiser,
+        buckets=bucket,
+        gathered=gathered,
+        reducing=min(cost.gradients, max(bucket, largest)),
+        updating=gradients + temporary // workers,
+        gradients_stay=stage3,
+    )
+    if backend.offload == "none":
+        return part
+    # Stage 2 keeps room on the device for one whole gradient. On the host lie the sums, what the optimiser reads of
+    # them, and with stage 2 the weights on their way back.
+    away = weights - (cost.weights - whole) if stage3 and backend.offload == "parameters" else 0
+    return dataclasses.replace(
+        part,
+        weights=weights - away,
+        master=0,
+        optimiser=0,
+        gradients=0 if stage3 else largest,
+        updating=0,
+        gradients_stay=not stage3,
+        host=master + optimiser + (2 if stage3 else 3) * gradients + away,
+    )
+
+
+def _units(module: nn.Module, role: RoleSpec) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
+    """Parameters that are gathered together: those in no block, and those of each block."""
     blocks = [child for child in module.modules() if type(child).__name__ in role.checkpointed and child is not module]
-    inside = {id(p): p for block in blocks for p in block.parameters()}
-    rest = sum(_bytes(p) for p in module.parameters() if id(p) not in inside)
-    return max([rest, *(sum(_bytes(p) for p in block.parameters()) for block in blocks)])
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    return [p for p in module.parameters() if id(p) not in inside], [list(block.parameters()) for block in blocks]
 
 
 def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:

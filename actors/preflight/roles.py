@@ -75,6 +75,11 @@ class RoleCost:
         """Peak bytes of tensors, over the kinds."""
         return max(cost.peak(sum(self.micro_batches.values())) for cost in self.kinds.values())
 
+    @property
+    def host(self) -> int:
+        """Bytes that are kept for the device in the host's memory."""
+        return max(cost.host for cost in self.kinds.values())
+
 
 def role_costs(
     config: RunConfig, encoders: Mapping[str, EncoderCost], classes: int, lengths: Lengths
@@ -154,9 +159,8 @@ def _role_cost(
             sizes = {t.name: outputs[t.name].numel() * outputs[t.name].element_size() for t in edge.tensors}
             sends[edge.target] += count * sum(sizes.values())
             receives[edge.target] += count * sum(sizes[t.name] for t in edge.tensors if t.gradient)
-        kinds[kind] = spread(
-            cost, module, built.spec, config.backend.name, workers, reshard=config.backend.reshard_after_forward
-        )
+        gpu = config.cluster.roles[role].num_gpus > 0
+        kinds[kind] = spread(cost, module, built.spec, config.backend, workers, accelerated=gpu)
         taken[kind] = count
     return RoleCost(kinds=kinds, micro_batches=taken, samples=samples, sends=dict(sends), receives=dict(receives))
 

@@ -93,7 +93,7 @@ def drawn(config: RunConfig, data: Sequence[DataSize]) -> Drawn | None:
         steps_per_epoch=whole.steps_per_epoch,
         stored=_stored(config, sets),
         hit_rates=rates,
-        encodings=tuple({name: count / share for name, count in epoch.items()} for epoch in encodings),
+        encodings=tuple({name: epoch[name] / share for name in set().union(*encodings)} for epoch in encodings),
     )
 
 

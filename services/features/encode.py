@@ -137,6 +137,7 @@ def _own_vit(name: str, settings: EncoderConfig) -> FrozenEncoder:
         raise ConfigError(
             f"encoders.{name}.layers={settings.layers}: {settings.family} gives its last layer only; set []"
         )
+    own: dict[str, Any] = {"side": settings.side} if settings.side else {}
     return family_class(settings.family)(
         settings.weights,
         arch=settings.arch,
@@ -144,6 +145,7 @@ def _own_vit(name: str, settings: EncoderConfig) -> FrozenEncoder:
         height=settings.height,
         width=settings.width,
         dtype=settings.dtype,
+        **own,
     )
 
 

@@ -26,6 +26,7 @@ from services.features.requests import encoder_config, feature_requests
 from services.features.sink import StoreSink
 from services.features.store import FeatureStore
 from services.features.text_table import megabytes, text_table
+from services.features.view_sets import set_requests
 from services.streams.inputs import entry_kinds, used_encoders
 
 Progress = Callable[[int, int], None]
@@ -83,17 +84,20 @@ def warm(
     pool: FeaturePool | None = None,
     progress: Progress | None = None,
 ) -> WarmReport:
-    """Encode every picture of a source (of ``splits``, or all) whose features are not stored yet.
+    """Encode every picture of a source (of ``splits``, or all) whose features are not stored yet; of an encoder of
+    view sets, every planned set in every partition, as the recipe reads it.
 
     What is stored is left out, so an interrupted run goes on where it stopped. ``encoder`` defaults to the recipe's
     (its first, where it has several). Where the recipe reads it for scenes alone, items are left out, and the other
-    way round. ConfigError for an encoder whose inputs depend on the plan (sets of views, texts).
+    way round. ConfigError for an encoder whose inputs depend on a run's plan (view sets that are not planned, texts).
     """
     name = chosen_encoders(config, encoder)[0]
-    _pictures_only(name, config)
     started = time.monotonic()
-    samples = _samples(source, manifest, splits, entry_kinds(config, name))
-    requests = [r for sample in samples for r in _of(sample, manifest, name, config)]
+    if _reads(name, config) is InputKind.VIEWS:
+        requests = set_requests(config, name, source, manifest, splits)
+    else:
+        samples = _samples(source, manifest, splits, entry_kinds(config, name))
+        requests = [r for sample in samples for r in _of(sample, manifest, name, config)]
     client = FeatureClient(config, store, pool=pool)
     # As many at a time as keep the encoder, or all replicas, busy.
     size = max(1, encoder_config(name, config).batch_size) * max(1, 2 * config.service.replicas)
@@ -126,14 +130,15 @@ def warm(
     )
 
 
-def _pictures_only(name: str, config: RunConfig) -> None:
+def _reads(name: str, config: RunConfig) -> InputKind:
+    """What the first encoder of the chain reads, pictures or view sets. ConfigError for texts, which no source has."""
     settings = encoder_config(name, config)
     kind = input_kind(settings.family)
     if kind is InputKind.RECORD:
-        return _pictures_only(settings.upstream, config)
-    if kind is not InputKind.IMAGE:
+        return _reads(settings.upstream, config)
+    if kind is InputKind.TEXT:
         raise ConfigError(f"encoder {name!r} reads {kind}, which only a run's plan knows; it is cached by running")
-    return None
+    return kind
 
 
 def _samples(source: str, manifest: Any, splits: Sequence[str], kinds: Collection[str]) -> Iterator[PlanSample]:

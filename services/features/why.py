@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from services.features.requests import feature_requests
 from services.features.sink import StoreSink
 from services.features.store import FeatureStore
 from services.features.text_table import text_table
+from services.features.view_sets import reads_sets, set_requests
 
 _MISSING = "(absent)"
 
@@ -48,6 +50,8 @@ class WhyReport:
     encoder: str
     fingerprint: str
     reasons: tuple[Reason, ...]
+    what: str = "view"
+    """What each reason is of: a view, or a set of views."""
 
     @property
     def stored(self) -> bool:
@@ -57,7 +61,7 @@ class WhyReport:
     def __str__(self) -> str:
         lines = [f"sample {self.sample}, encoder {self.encoder}, fingerprint {self.fingerprint[:12]}"]
         for number, reason in enumerate(self.reasons):
-            lines.append(f"view {number}, key {reason.key}: {reason.reason}")
+            lines.append(f"{self.what} {number}, key {reason.key}: {reason.reason}")
             if reason.differences:
                 rows = [(d.part, d.wanted, d.nearest) for d in reason.differences]
                 lines.append(text_table(("part", "wanted", "nearest stored"), rows))
@@ -69,11 +73,17 @@ def why(
 ) -> WhyReport:
     """Look up ``sample`` (``source/item``, with ``#n`` as in a plan or ``:view`` for one view) and explain a miss.
 
+    Of a planned view set, ``source/item#view_setN``, the sets are looked up that a run asks for.
+
     ``encoder`` defaults to the recipe's (its first, where it has several). DataError when no source has such an item.
     """
     name = chosen_encoders(config, encoder)[0]
     planned, manifest = _find(sample, manifests)
-    requests = feature_requests(planned, manifest, name, config)
+    unit = re.search(r"#view_set(\d+)$", sample)
+    if unit and reads_sets(name, config):
+        requests = set_requests(config, name, planned.source, manifest, item=planned.item, unit=int(unit[1]))
+    else:
+        requests = feature_requests(planned, manifest, name, config)
     with closing(StoreSink(config, store)) as sink:
         namespace = sink.namespace(name)
         found = namespace.contains([request.key for request in requests])
@@ -83,7 +93,13 @@ def why(
             else _explain(request, sink.model(name).identity(), namespace, store)
             for request, there in zip(requests, found, strict=True)
         ]
-    return WhyReport(sample=sample, encoder=name, fingerprint=namespace.fingerprint, reasons=tuple(reasons))
+    return WhyReport(
+        sample=sample,
+        encoder=name,
+        fingerprint=namespace.fingerprint,
+        reasons=tuple(reasons),
+        what="view set" if reads_sets(name, config) else "view",
+    )
 
 
 def _find(sample: str, manifests: Mapping[str, Any]) -> tuple[PlanSample, Any]:

@@ -14,6 +14,7 @@ The rules:
 * A micro-batch of view sets drawn by walks has one number of views. Where sets are planned, sets of one size make a
   part of the kind: an epoch is a shuffled sequence of the parts' micro-batches. Where they are not, the size is drawn
   for each micro-batch.
+* Where conversations are packed, a unit is a pack of them (:mod:`services.streams.packs`).
 * Over a whole split (validation, test, neighbours, warming a cache: ``complete=True``) units come in order,
   all of them, and fillers of weight 0 complete the last batch.
 """
@@ -33,6 +34,8 @@ from configs import ConfigError, RunConfig
 from models import draws
 from services.contracts import MicroBatch, PlanSample, Split, StepPlan
 from services.errors import DataError
+from services.streams.packs import KIND as PACKED
+from services.streams.packs import PackSampler, picture_groups
 from services.streams.permutation import Permutation, key64, largest_remainder
 from services.streams.sampling import PAIR_KINDS, Pool, Sampler, needs_pairs, sample_id, sampler
 from services.streams.view_walks import WalkSampler
@@ -40,6 +43,8 @@ from services.streams.view_walks import WalkSampler
 if TYPE_CHECKING:
     from services.data.pairs import PairIndex
 
+PACKING = frozenset({"spa3_vlm"})
+"""Recipes whose model reads several conversations behind one prefix."""
 _VERSION = 1
 """Raised when the same configuration gives other samples; part of the digest."""
 
@@ -152,11 +157,19 @@ class EpochPlan:
         self.micro_batch = config.trainer.micro_batch
         if self.micro_batch < 1:
             raise ConfigError(f"trainer.micro_batch is {self.micro_batch}; a whole number >= 1 is allowed")
+        self.packed = config.recipe.spa3_vlm.questions_per_sample if config.recipe.name in PACKING else 1
+        """Conversations about the same pictures that make one sample, at most."""
         self.kinds = micro_batch_kinds(config.recipe.quotas, config.trainer.accumulation)
         weights = {name: config.data.sources[name].weight for name in sorted(manifests)}
         indices = _indices(config, {name: manifests[name] for name in weights if weights[name] > 0}, pairs)
         samplers = {
-            kind: {name: _sampler(kind, config, name, indices) for name in weights if weights[name] > 0}
+            kind: {
+                name: self._packs(config, name, manifests[name], quarantine)
+                if kind == PACKED and self.packed > 1
+                else _sampler(kind, config, name, indices)
+                for name in weights
+                if weights[name] > 0
+            }
             for kind in sorted(set(self.kinds))
         }
         pools = {
@@ -214,6 +227,10 @@ class EpochPlan:
 
     # -- making ---------------------------------------------------------------------------------------------
 
+    def _packs(self, config: RunConfig, source: str, manifest: Any, quarantine: frozenset[str]) -> PackSampler:
+        groups = picture_groups(manifest.of_split(self.split), source, quarantine)
+        return PackSampler(groups, self.packed, seed=config.seed, source=source)
+
     def _pools(
         self,
         kind: str,
@@ -268,9 +285,9 @@ class EpochPlan:
                 for name in sorted({name for found in pools[short].values() for name in found})
             }
             divided = (
-                f", divided by their number of views ({len(pools[short])} numbers: recipe.view_set.views; more sets: "
+                ", divided by their number of views (fewer numbers: recipe.view_set.views; more sets: "
                 "recipe.view_set.plans_per_scene)"
-                if len(pools[short]) > 1
+                if 0 not in pools[short]
                 else ""
             )
             raise DataError(
@@ -328,6 +345,8 @@ class EpochPlan:
             "sources": [[name, weights[name], manifests[name].digest] for name in sorted(manifests)],
             "quarantine": sorted(quarantine),
         }
+        if self.packed > 1:
+            named["packed"] = self.packed
         if indices:
             named["pairs"] = [[name, indices[name].digest] for name in sorted(indices)]
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
@@ -377,10 +396,13 @@ class EpochPlan:
 
         A permutation of all units is cut into pieces of one epoch each; when it is used up a new one begins.
         """
-        size, drawn = len(part.pools[source]), part.drawn[source]
-        turn, piece = divmod(epoch, size // drawn)
-        shuffled = Permutation(size, key64("units", self.seed, turn, part.name, source))
-        return shuffled(local + piece * drawn)
+        turn, piece = self._turn(part, source, epoch)
+        shuffled = Permutation(len(part.pools[source]), key64("units", self.seed, turn, part.name, source))
+        return shuffled(local + piece * part.drawn[source])
+
+    def _turn(self, part: _Part, source: str, epoch: int) -> tuple[int, int]:
+        """How often an epoch's source was gone through before, and which piece of it the epoch draws."""
+        return divmod(epoch, len(part.pools[source]) // part.drawn[source])
 
     def _in_order(self, plan: _KindPlan, part: _Part, place: int, total: int, size: int) -> PlanSample:
         """Unit ``place`` of all sources in order; beyond the last one a filler of weight 0."""
@@ -404,6 +426,10 @@ class EpochPlan:
         made, n_views = plan.samplers[source], int(pool.n_views[entry])
         if isinstance(made, WalkSampler):
             draw = made.draw(n_views, unit, random, broken, item, size)
+        elif isinstance(made, PackSampler):
+            turn = None if self.complete else self._turn(part, source, epoch)[0]
+            draw = made.draw(n_views, unit, random, broken, item, turn)
+            item, unit = draw.questions[0], 0
         else:
             draw = made.draw(n_views, unit, random, broken, item)
         return PlanSample(

@@ -41,6 +41,7 @@ VERBS = {
             "--json",
         ]
     ),
+    "show-field": ["--config", "--debug", "--out", "--run", "--scene", "--sets", "--split", "overrides"],
     "export": ["--config", "--debug", "--licence", "--merge", "--out", "--run", "overrides"],
     "data make": ["--config", "--debug", "--out", "overrides"],
     "data index": ["--config", "--debug", "overrides"],
