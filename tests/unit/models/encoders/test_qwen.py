@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,14 @@ ARCH = LANGUAGE["vision_config"]
 IMAGE = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
 
 
-def encoder(weights: str = "random", **changes: object) -> QwenVision:
-    settings = {"arch": ARCH if weights == "random" else {}, "height": 56, "width": 84, "dtype": "float32"}
-    return QwenVision(weights, **{**settings, **changes})  # type: ignore[arg-type]
+def encoder(weights: str = "random", **changes: Any) -> QwenVision:
+    settings: dict[str, Any] = {
+        "arch": ARCH if weights == "random" else {},
+        "height": 56,
+        "width": 84,
+        "dtype": "float32",
+    }
+    return QwenVision(weights, **{**settings, **changes})
 
 
 def test_pixels_reach_the_tower_as_its_own_processor_lays_them_out() -> None:

@@ -56,7 +56,12 @@ def test_a_scene_is_read_once_for_all_its_questions(monkeypatch: pytest.MonkeyPa
     model = small_vlm(seed=4, awake=True)
     read: list[int] = []
     forward = model.adapter.forward
-    monkeypatch.setattr(model.adapter, "forward", lambda *given: read.append(len(given[0])) or forward(*given))
+
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        read.append(len(given[0]))
+        return forward(*given)
+
+    monkeypatch.setattr(model.adapter, "forward", counted)
     prefix = read_prefix(model, FRONT, scene_of(GRIDS))
     first = answer(model, prefix, QUESTIONS, max_new_tokens=3, stop=[])
     again = answer(model, prefix, QUESTIONS[::-1], max_new_tokens=3, stop=[], batch_size=2)

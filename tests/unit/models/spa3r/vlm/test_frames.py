@@ -12,7 +12,7 @@ from models.encoders.preprocess import Preprocessing
 from models.errors import ModelError
 from models.spa3r.vlm.frames import cut_frame, frame_indices, frame_size
 
-UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_pixels_are_those_of_resizing_then_cutting(picture: tuple[int, int]) -> 
         (size.geometry, size.geometry_box, geometry),
         (size.visual, size.visual_box, visual),
     ):
-        seen = Preprocessing(height=height, width=width, **UNIT)(image, {"box": list(box)})
+        seen = Preprocessing(height=height, width=width, mean=ZERO, std=ONE)(image, {"box": list(box)})
         levels = np.abs(seen.permute(1, 2, 0).numpy() * 255 - expected)
         # Pillow rounds between its two passes, so that a level or two is lost here and there.
         assert levels.max() < 2.5
