@@ -1,8 +1,9 @@
 """Transport through a process group of its own, beside whatever group the workers train with.
 
-Gloo's waits cannot be interrupted and a time-out kills the group, so a thread waits and this rank looks every now and
-then whether the peer is alive. Receives are posted before they are needed: gloo sends only what is being received, so
-a message arrives while its receiver computes, and its latency is that of a plain send and receive.
+Gloo's waits cannot be interrupted and a time-out kills the group. A rank waits in gloo itself, since handing a message
+from thread to thread costs as much as the message; another thread looks every now and then whether the peer is alive,
+and kills the group when it is not. Receives are posted before they are needed: gloo sends only what is being received,
+so a message arrives while its receiver computes, and its latency is that of a plain send and receive.
 
 A message is one *block* (counts, sizes, header) and its parts. Both sides know the largest part that came at each place
 so far; the receiver has a buffer of that capacity posted. A part that is larger makes the sender fill that buffer with
@@ -12,30 +13,29 @@ one byte, and travels on its own; from then on the capacity is larger.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import queue
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from actors.bridge.transport import POLL_S, Message, Watch
-from services.errors import BridgeError
+from services.errors import BridgeError, LoomError
 
 BLOCK = 4096
 """Bytes of a block; a header that is longer spills into a part."""
 _MAX_PARTS = 64
 _FIXED = struct.Struct("<III")
 """Bytes of the header, number of parts, 1 if the header is the first part."""
-_HEAD_TAG, _POSTED_TAG, _LARGE_TAG = 1, 100, 200
+_HEAD_TAG, _NEVER_TAG, _POSTED_TAG, _LARGE_TAG = 1, 2, 100, 200
 _MAX_HEADER = 1 << 28
+_GRACE_S = 0.05
 _lock = threading.Lock()
 
 
@@ -70,12 +70,14 @@ class GroupTransport:
             self._up = _nccl_group(dist.PrefixStore("up", store), place, places, timeout)
             self._down = _nccl_group(dist.PrefixStore("down", store), place, places, timeout)
         self._timeout = timeout
-        self._waiter = _Waiter()
         self._pool = _Pool()
         self._sent: dict[int, deque[tuple[int, Any, Tensor]]] = {p: deque() for p in range(places) if p != place}
         self._numbers = dict.fromkeys(self._sent, 0)
-        self._out = {peer: _Capacities() for peer in range(places) if peer != place}
-        self._in = {peer: self._incoming(peer) for peer in range(places) if peer != place}
+        self._out = {peer: _Capacities() for peer in self._sent}
+        self._in = {peer: _Incoming() for peer in self._sent}
+        for peer, incoming in self._in.items():
+            self._post_receives(peer, incoming)
+        self._guard = _Guard(watch, {peer: self._never(peer) for peer in self._sent})
 
     # -- sending ---------------------------------------------------------------------------------------------
 
@@ -111,8 +113,11 @@ class GroupTransport:
         self._post(to, part, _LARGE_TAG + index)
 
     def _post(self, to: int, data: Tensor, tag: int) -> None:
-        with self._broken(to):
-            self._keep(to, self._group.send([data], to, tag), data)
+        try:
+            work = self._group.send([data], to, tag)
+        except RuntimeError as error:  # gloo refuses at once to talk to a peer whose connection has broken
+            raise self._lost(to, error) from error
+        self._keep(to, work, data)
 
     def _keep(self, to: int, work: Any, data: Tensor) -> None:
         """Gloo sends from the tensor's own memory, later."""
@@ -128,61 +133,68 @@ class GroupTransport:
         """Wait until everything has left."""
         for to, sent in self._sent.items():
             while sent:
-                work = sent[0][1]
-                self._wait(functools.partial(self._finish, work), to)
+                self._wait(sent[0][1], to)
                 sent.popleft()
 
     # -- receiving -------------------------------------------------------------------------------------------
 
-    def _incoming(self, source: int) -> _Incoming:
-        block = torch.empty(BLOCK, dtype=torch.uint8)
-        return _Incoming(block=block, work=self._group.recv([block], source, _HEAD_TAG))
+    def _never(self, source: int) -> Any:
+        """A receive of what nobody sends."""
+        return self._group.recv([torch.empty(1, dtype=torch.uint8)], source, _NEVER_TAG)
 
-    def receive(self, source: int) -> Message:
-        """The next message of ``source``."""
+    def receive(self, source: int, read: Callable[[bytes], Any] = bytes) -> Message:
+        """The next message of ``source``. Its header is read while its parts come."""
         incoming = self._in[source]
-        message, sizes = self._wait(lambda: self._receive(source, incoming), source)
-        # Being ready for the next message is nothing that this one has to wait for.
-        self._waiter.later(lambda: self._post_receives(source, incoming))
-        if self._nccl:  # here, because it is this thread's stream that has to wait for them
-            message.parts = [self._receive_gpu(source, size) for size in sizes]
-        return cast(Message, message)
+        if incoming.broken is not None:
+            raise self._lost(source, incoming.broken)
+        self._wait(incoming.work, source)
+        encoded, sizes = self._block(source, incoming)
+        coming = [] if self._nccl else [self._coming(source, incoming, index, size) for index, size in enumerate(sizes)]
+        header = read(encoded)
+        for _, work in coming:
+            if work is not None:
+                self._wait(work, source)
+        # Not earlier: gloo locks out whoever posts while it reads, and reads the slower for it.
+        self._post_receives(source, incoming)
+        if self._nccl:
+            return Message(header=header, parts=[self._receive_gpu(source, size) for size in sizes])
+        parts = [buffer[:size] for (buffer, _), size in zip(coming, sizes, strict=True)]
+        return Message(header=header, parts=parts, _release=lambda: self._pool.give(buffer for buffer, _ in coming))
 
-    def _receive(self, source: int, incoming: _Incoming) -> tuple[Message, tuple[int, ...]]:
-        """Wait for a block and the parts that gloo carries; also their sizes. In the waiting thread."""
-        self._finish(incoming.work)
-        head = incoming.block.numpy().tobytes()
-        length, count, spilled = _FIXED.unpack_from(head)
+    def _block(self, source: int, incoming: _Incoming) -> tuple[bytes, tuple[int, ...]]:
+        """Header and sizes of the parts, from the block that came."""
+        block = incoming.block.numpy().data
+        length, count, spilled = _FIXED.unpack_from(block)
         if length > _MAX_HEADER or count >= _MAX_PARTS:
             raise BridgeError(f"what place {source} sent is no message (header of {length} bytes, {count} parts)")
-        sizes = struct.unpack_from(f"<{count}Q", head, _FIXED.size)
-        if spilled:
-            spill = torch.empty(length, dtype=torch.uint8)
-            self._finish(self._group.recv([spill], source, _LARGE_TAG + _MAX_PARTS))
-            header = spill.numpy().tobytes()
-        else:
+        sizes = struct.unpack_from(f"<{count}Q", block, _FIXED.size)
+        if not spilled:
             begin = _FIXED.size + 8 * count
-            header = head[begin : begin + length]
-        if self._nccl:
-            return Message(header=header), sizes
-        buffers = [self._receive_part(source, incoming, index, size) for index, size in enumerate(sizes)]
-        parts = [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
-        return Message(header=header, parts=parts, _release=lambda: self._pool.give(buffers)), sizes
+            return block[begin : begin + length].tobytes(), sizes
+        spill = torch.empty(length, dtype=torch.uint8)
+        self._wait(self._recv(spill, source, _LARGE_TAG + _MAX_PARTS), source)
+        return spill.numpy().tobytes(), sizes
 
-    def _receive_part(self, source: int, incoming: _Incoming, index: int, size: int) -> Tensor:
+    def _coming(self, source: int, incoming: _Incoming, index: int, size: int) -> tuple[Tensor, Any]:
+        """The buffer of a part, and what to wait for until the part is in it; None: nothing."""
         if not size:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8), None
         if incoming.capacities.fits(index, size):
             buffer, work = incoming.posted.pop(index)
-            self._finish(work)
-            return buffer
+            return buffer, work
         if incoming.capacities.grow(index, size):
             stale, work = incoming.posted.pop(index)
-            self._finish(work)
+            self._wait(work, source)
             self._pool.give([stale])
         buffer = self._pool.take(incoming.capacities.of(index))
-        self._finish(self._group.recv([buffer[:size]], source, _LARGE_TAG + index))
-        return buffer
+        return buffer, self._recv(buffer[:size], source, _LARGE_TAG + index)
+
+    def _recv(self, into: Tensor, source: int, tag: int) -> Any:
+        """Receive what no buffer was posted for."""
+        try:
+            return self._group.recv([into], source, tag)
+        except RuntimeError as error:
+            raise self._lost(source, error) from error
 
     def _receive_gpu(self, source: int, size: int) -> Tensor:
         part = torch.empty(size, dtype=torch.uint8, device=self._device)
@@ -191,60 +203,49 @@ class GroupTransport:
         return part
 
     def _post_receives(self, source: int, incoming: _Incoming) -> None:
-        """Be ready for the next message; in the waiting thread."""
-        for index, capacity in incoming.capacities.items():
-            if index not in incoming.posted:
-                buffer = self._pool.take(capacity)
-                incoming.posted[index] = buffer, self._group.recv([buffer], source, _POSTED_TAG + index)
-        incoming.work = self._group.recv([incoming.block], source, _HEAD_TAG)
+        """Be ready for the next message."""
+        try:
+            for index, capacity in incoming.capacities.items():
+                if index not in incoming.posted:
+                    buffer = self._pool.take(capacity)
+                    incoming.posted[index] = buffer, self._group.recv([buffer], source, _POSTED_TAG + index)
+            incoming.work = self._group.recv([incoming.block], source, _HEAD_TAG)
+        except RuntimeError as error:
+            incoming.broken = error  # what came before is whole; the next receive tells
 
     def _direction(self, source: int, target: int) -> Any:
         return self._up if source < target else self._down
 
     # -- waiting ---------------------------------------------------------------------------------------------
 
-    def _finish(self, work: Any) -> None:
-        work.wait(self._timeout)
-
-    def _wait(self, what: Callable[[], Any], peer: int) -> Any:
-        """What ``what`` gives, which waits for gloo in a thread; looks after the peer meanwhile."""
-        self._waiter.begin(what)
-        if not self._waiter.done(POLL_S):
-            self._watch.waiting(peer)
-            try:
-                while not self._waiter.done(POLL_S):
-                    self._watch.check(peer)
-            finally:
-                self._watch.waiting(None)
-        result = self._waiter.result
-        if isinstance(result, BridgeError):
-            raise result
-        if isinstance(result, RuntimeError):
-            raise self._watch.lost(peer, _first_line(result)) from result
-        return result
-
-    @contextlib.contextmanager
-    def _broken(self, peer: int) -> Iterator[None]:
-        """Gloo refuses at once to talk to a peer whose connection has broken."""
+    def _wait(self, work: Any, peer: int) -> None:
+        """Wait for gloo in this thread; the guard ends that when nothing can be expected of the peer any more."""
+        self._guard.begin(peer)
         try:
-            yield
+            work.wait(self._timeout)
         except RuntimeError as error:
-            raise self._watch.lost(peer, _first_line(error)) from error
+            raise self._lost(peer, error) from error
+        finally:
+            self._guard.end()
+
+    def _lost(self, peer: int, error: RuntimeError) -> Exception:
+        return self._guard.given_up or self._watch.lost(peer, _first_line(error))
 
     def close(self) -> None:
         """Drop the group. Receives that are posted end with it."""
-        self._waiter.close()
-        if not self._waiter.stuck:
-            self._sent.clear()
-            self._in.clear()
-            self._group = self._up = self._down = None
+        self._guard.close()
+        self._sent.clear()
+        self._in.clear()
+        self._group = self._up = self._down = None
 
 
 class _Incoming:
     """What is posted for one sender."""
 
-    def __init__(self, *, block: Tensor, work: Any) -> None:
-        self.block, self.work = block, work
+    def __init__(self) -> None:
+        self.block = torch.empty(BLOCK, dtype=torch.uint8)
+        self.work: Any = None
+        self.broken: RuntimeError | None = None
         self.capacities = _Capacities()
         self.posted: dict[int, tuple[Tensor, Any]] = {}
 
@@ -282,60 +283,69 @@ class _Pool:
         free = self._free.get(size)
         return free.pop() if free else torch.empty(size, dtype=torch.uint8)
 
-    def give(self, buffers: Sequence[Tensor]) -> None:
+    def give(self, buffers: Iterable[Tensor]) -> None:
         for buffer in buffers:
             if buffer.numel():
                 self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
-class _Waiter:
-    """A thread that waits for one thing at a time; it may be left behind in a wait that never ends."""
+class _Guard:
+    """A thread that looks after the peer this rank waits for, and ends the wait when that peer is lost.
 
-    def __init__(self) -> None:
-        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], bool] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.result: Any = None
-        """Of the last wait: what it gave, or the RuntimeError or BridgeError that it ended with."""
-        self.stuck = False
-        threading.Thread(target=self._run, name="bridge-wait", daemon=True).start()
+    A wait in gloo ends before its time only when another wait of the same group runs out of time, which closes all its
+    connections. So from every peer something is received that never comes.
+    """
 
-    def begin(self, what: Callable[[], Any]) -> None:
-        """Wait for ``what``."""
-        assert not self.stuck, "a transport whose wait failed is not used again"
-        self.stuck = True
-        self._todo.put((what, True))
+    def __init__(self, watch: Watch, never: dict[int, Any]) -> None:
+        self.given_up: LoomError | None = None
+        """Why the wait was ended; the group is dead then."""
+        self._watch, self._never = watch, never
+        self._waits: tuple[int] | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, name="bridge-guard", daemon=True).start()
 
-    def later(self, what: Callable[[], Any]) -> None:
-        """Do ``what`` before the next wait; that one tells of its error."""
-        self._todo.put((what, False))
+    def begin(self, peer: int) -> None:
+        """From now on this rank waits for ``peer``."""
+        self._waits = (peer,)  # a new object: the thread tells one wait from the next by it
 
-    def done(self, timeout_s: float) -> bool:
-        """Whether the wait ended within the time; then there is a :attr:`result`."""
-        try:
-            self.result = self._done.get(timeout=timeout_s)
-        except queue.Empty:
-            return False
-        self.stuck = False
-        return True
+    def end(self) -> None:
+        """It waits no longer."""
+        self._waits = None
 
     def close(self) -> None:
-        """End when there is nothing more to wait for."""
-        self._todo.put(None)
+        """Look no more, and let go of the group."""
+        self._closed.set()
+        self._never.clear()
 
     def _run(self) -> None:
-        failed: Exception | None = None
-        while (entry := self._todo.get()) is not None:
-            what, awaited = entry
-            result: Any = failed
-            if failed is None:
-                try:
-                    result = what()
-                except (RuntimeError, BridgeError) as error:
-                    result = error
-                    failed = None if awaited else error
-            del entry, what
-            if awaited:
-                self._done.put(result)
+        before: tuple[int] | None = None
+        told = False
+        while not self._closed.wait(POLL_S):
+            waits = self._waits
+            if waits is not None and waits is before:
+                if not told:
+                    self._watch.waiting(waits[0])
+                    told = True
+                if not self._alive(waits):
+                    return
+            elif told:
+                self._watch.waiting(None)
+                told = False
+            before = waits
+
+    def _alive(self, waits: tuple[int]) -> bool:
+        """Whether to go on waiting; ends the wait otherwise."""
+        try:
+            self._watch.check(waits[0])
+        except LoomError as error:
+            # What a peer sent before its end may be arriving just now.
+            if self._closed.wait(_GRACE_S) or self._waits is not waits:
+                return True
+            self.given_up = error
+            with contextlib.suppress(RuntimeError, KeyError):
+                self._never[waits[0]].wait(timedelta(milliseconds=1))
+            return False
+        return True
 
 
 def _first_line(error: BaseException) -> str:

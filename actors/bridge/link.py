@@ -297,11 +297,15 @@ class Link:
 
     def _take(self, place: int, micro: Micro, expected: Header) -> tuple[Header, list[Tensor]]:
         """The next message of ``place``, which must be the expected one."""
-        came = self._transport.receive(place)
+
+        def read(encoded: bytes) -> Header:
+            header = Header.decode(encoded)
+            header.check(expected, sender=self.names[place], receiver=self.names[self.place])
+            return header
+
+        came = self._transport.receive(place, read)
         self._held.setdefault(micro.index, []).append(came)
-        header = Header.decode(came.header)
-        header.check(expected, sender=self.names[place], receiver=self.names[self.place])
-        return header, came.parts
+        return came.header, came.parts
 
     def _header(
         self, edge: EdgeSpec, micro: Micro, begin: int, end: int, tensors: tuple[TensorHeader, ...], back: bool = False

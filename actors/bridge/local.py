@@ -84,9 +84,11 @@ class LocalTransport:
     def delivered(self, to: int, number: int) -> None:
         """Messages are kept by whoever reads them."""
 
-    def receive(self, source: int) -> Message:
+    def receive(self, source: int, read: Callable[[bytes], Any] = bytes) -> Message:
         """The next message of ``source``; meanwhile other roles run."""
-        return self._bus.take(source, self.place)
+        message = self._bus.take(source, self.place)
+        message.header = read(message.header)
+        return message
 
     def flush(self) -> None:
         """Nothing is ever on the way."""

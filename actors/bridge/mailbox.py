@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class MailboxTransport:
         """References to what has arrived are dropped, and with them the memory in the store."""
         self._sent = deque(entry for entry in self._sent if entry[0] != to or entry[1] > number)
 
-    def receive(self, source: int) -> Message:
+    def receive(self, source: int, read: Callable[[bytes], Any] = bytes) -> Message:
         """The next letter of ``source``, copied out of the store, whose memory cannot be written to."""
         letter = self._take(source)
         if letter is None:
@@ -98,7 +98,8 @@ class MailboxTransport:
             finally:
                 self._watch.waiting(None)
         self._incoming[source] += 1
-        header, refs = letter
+        encoded, refs = letter
+        header = read(encoded)
         arrays = gather(refs, [f"a tensor of place {source}" for _ in refs], _CALL_S)
         for array in arrays:
             if isinstance(array, LoomError):

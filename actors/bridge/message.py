@@ -6,12 +6,13 @@ it, sample after sample.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Route:
     end: int
 
 
+@functools.lru_cache(maxsize=256)
 def routes(batch: int, sources: int, targets: int) -> tuple[Route, ...]:
     """How a global micro-batch of ``batch`` samples is sliced again between groups of unequal size.
 
@@ -79,6 +81,9 @@ class TensorHeader:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+_TENSOR = tuple(field.name for field in fields(TensorHeader))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Header:
     """What a message is about. Both sides know all of it but the shapes, and compare."""
@@ -98,26 +103,18 @@ class Header:
     tensors: tuple[TensorHeader, ...] = ()
 
     def encode(self) -> bytes:
-        """As bytes."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
+        """As bytes: a line of facts, then the description of the tensors."""
+        facts = [getattr(self, name) for name in _FACTS]
+        return _dumps(facts).encode() + b"\n" + _encode_tensors(self.tensors)
 
     @classmethod
     def decode(cls, data: bytes) -> Header:
         """The inverse of :meth:`encode`. BridgeError for bytes that are none."""
         try:
-            fields = json.loads(data)
-            tensors = tuple(
-                TensorHeader(
-                    name=t["name"],
-                    dtype=t["dtype"],
-                    shape=tuple(t["shape"]),
-                    lengths=tuple(tuple(sizes) for sizes in t["lengths"]),
-                    gradient=t["gradient"],
-                )
-                for t in fields.pop("tensors")
-            )
-            return cls(**{**fields, "zero": tuple(fields["zero"])}, tensors=tensors)
-        except (ValueError, KeyError, TypeError) as error:
+            facts, _, tensors = data.partition(b"\n")
+            fields = dict(zip(_FACTS, json.loads(facts), strict=True))
+            return cls(**{**fields, "zero": tuple(fields["zero"])}, tensors=_decode_tensors(tensors))
+        except (ValueError, TypeError) as error:
             raise BridgeError(
                 f"a message of {len(data)} bytes is no header of an edge ({error}): {data[:80]!r}"
             ) from error
@@ -129,8 +126,8 @@ class Header:
         """
         seen = [
             f"{name}: {sender} sent {getattr(self, name)!r}, {receiver} expects {getattr(expected, name)!r}"
-            for name in ("generation", "edge", "step", "micro", "samples", "digest", "zero")
-            if getattr(self, name) != getattr(expected, name)
+            for name in _FACTS
+            if name != "first" and getattr(self, name) != getattr(expected, name)
         ]
         mine = [(t.name, t.dtype, t.gradient) for t in expected.tensors]
         theirs = [(t.name, t.dtype, t.gradient) for t in self.tensors]
@@ -141,6 +138,25 @@ class Header:
                 f"the two ends of an edge disagree. {'; '.join(seen)}. First sample: {self.first!r} and "
                 f"{expected.first!r}. Both roles must run the same plan from the same step and generation"
             )
+
+
+_FACTS = tuple(field.name for field in fields(Header) if field.name != "tensors")
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@functools.lru_cache(maxsize=64)
+def _encode_tensors(tensors: tuple[TensorHeader, ...]) -> bytes:
+    """The description of a message's tensors; mostly that of the message before."""
+    return _dumps([[getattr(tensor, name) for name in _TENSOR] for tensor in tensors]).encode()
+
+
+@functools.lru_cache(maxsize=64)
+def _decode_tensors(data: bytes) -> tuple[TensorHeader, ...]:
+    """The inverse of :func:`_encode_tensors`."""
+    found = [dict(zip(_TENSOR, described, strict=True)) for described in json.loads(data)]
+    return tuple(
+        TensorHeader(**{**t, "shape": tuple(t["shape"]), "lengths": tuple(map(tuple, t["lengths"]))}) for t in found
+    )
 
 
 def digest(ids: Sequence[str]) -> str:
@@ -215,7 +231,7 @@ def from_bytes(part: Tensor, header: TensorHeader, axes: Sequence[int], samples:
 
 def nbytes(header: TensorHeader, axes: Sequence[int], samples: int) -> int:
     """Bytes of a tensor's part."""
-    if not axes:
+    if not axes or (len(header.lengths) == samples and _is_dense(header.shape, axes, header.lengths)):
         return samples * header.size
     shapes = [
         [row[axes.index(axis)] if axis in axes else size for axis, size in enumerate(header.shape)]
@@ -264,8 +280,8 @@ def _axes(declared: EdgeTensor) -> tuple[int, ...]:
 
 def _is_dense(shape: Sequence[int], axes: Sequence[int], lengths: Sequence[Sequence[int]]) -> bool:
     """Whether no sample of ``shape`` has padding on its ragged axes."""
-    full = tuple(shape[axis] for axis in axes)
-    return all(tuple(row) == full for row in lengths)
+    full = [shape[axis] for axis in axes]
+    return all(list(row) == full for row in lengths)
 
 
 def _region(ndim: int, axes: Sequence[int], row: Sequence[int]) -> tuple[slice, ...]:
@@ -317,8 +333,9 @@ def _lengths(
             f"shape ({len(tensor)}, {len(axes)}); seen {None if given is None else tuple(given.shape)}"
         )
     rows: list[list[int]] = given.tolist()
+    full = [tensor.shape[1 + axis] for axis in axes]
     for i, row in enumerate(rows):
-        if any(not 0 <= size <= tensor.shape[1 + axis] for size, axis in zip(row, axes, strict=True)):
+        if row != full and any(not 0 <= size <= tensor.shape[1 + axis] for size, axis in zip(row, axes, strict=True)):
             raise BridgeError(
                 f"edge {edge.source} -> {edge.target}: {sender} gives {name}[{i}]={row}, but the axes {axes} of "
                 f"{declared.name!r} have the sizes {[tensor.shape[1 + a] for a in axes]}"

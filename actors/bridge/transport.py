@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,7 +23,8 @@ def _keep() -> None:
 class Message:
     """What arrived: a header and vectors of bytes."""
 
-    header: bytes
+    header: Any
+    """What the receiver read it as."""
     parts: list[Tensor] = field(default_factory=list)
     """uint8 (bytes,). Valid until :meth:`release`."""
     _release: Callable[[], None] = _keep
@@ -50,8 +51,11 @@ class Transport(Protocol):
     def delivered(self, to: int, number: int) -> None:
         """By an answer of ``to``, the messages up to ``number`` have arrived there; they need not be kept."""
 
-    def receive(self, source: int) -> Message:
-        """The next message of place ``source``; waits for it. PeerLostError when it can no longer come."""
+    def receive(self, source: int, read: Callable[[bytes], Any] = bytes) -> Message:
+        """The next message of place ``source``; waits for it. PeerLostError when it can no longer come.
+
+        ``read`` makes of its header what the message has as header, or raises; the parts may still be on their way.
+        """
         ...
 
     def flush(self) -> None:

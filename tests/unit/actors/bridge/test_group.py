@@ -15,13 +15,18 @@ from services.errors import BridgeError, PeerLostError
 
 
 class Calm:
-    """A watch that sees everybody alive."""
+    """A watch that sees everybody alive, until it has a reason not to."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.waited: list[int | None] = []
 
     def waiting(self, place: int | None) -> None:
-        pass
+        self.waited.append(place)
 
     def check(self, place: int) -> None:
-        pass
+        if self.reason:
+            raise self.lost(place, self.reason)
 
     def lost(self, place: int, reason: str) -> Exception:
         return PeerLostError(f"place {place}: {reason}")
@@ -117,3 +122,29 @@ def test_bytes_that_are_no_message_are_refused(pair: tuple[GroupTransport, Group
     group.send([torch.full((20,), 255, dtype=torch.uint8)], 1, 1)
     with pytest.raises(BridgeError, match="is no message"):
         other.receive(0)
+
+
+def test_a_wait_for_a_lost_peer_ends_with_the_reason(pair: tuple[GroupTransport, GroupTransport]) -> None:
+    """The peer's connection is whole and nothing comes: gloo alone would wait for its whole time-out."""
+    other = pair[1]
+    watch: Any = other._watch
+    watch.reason = "asleep"
+    with pytest.raises(PeerLostError, match="place 0: asleep"):
+        other.receive(0)
+    assert watch.waited == [0]
+    with pytest.raises(PeerLostError, match="place 0: asleep"):
+        other.send(0, b"no more")
+
+
+def test_a_header_is_read_before_its_parts_are_there(pair: tuple[GroupTransport, GroupTransport]) -> None:
+    """A header that is refused needs no parts."""
+    one, other = pair
+    one.send(1, b"wrong", [torch.zeros(1 << 26, dtype=torch.uint8)])
+
+    def refuse(header: bytes) -> None:
+        raise BridgeError(f"not {header.decode()}")
+
+    with pytest.raises(BridgeError, match="not wrong"):
+        other.receive(0, refuse)
+    other.send(0, b"7")
+    assert one.receive(1, int).header == 7
