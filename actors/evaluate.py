@@ -11,10 +11,12 @@ from typing import Any
 
 import configs
 from actors.recipes import Built, Recipe, open_recipe
+from actors.trainers.adapters import save_updates
 from actors.trainers.checkpoint import load_weights
 from actors.trainers.feed import Feed
-from actors.trainers.lora import has_lora, save_updates
+from actors.trainers.lora import has_lora
 from actors.trainers.roles import adapt, best_checkpoint, deciding_settings, read_settings
+from actors.trainers.tensors import fill
 from configs import ConfigError, RunConfig
 from configs.roles import role_config
 from models.encoders.uniugg import READS
@@ -54,6 +56,7 @@ def load_trained(
             )
         built = recipe.rebuild(role, settings)
         built = replace(built, module=adapt(feed.config, role, built))
+        fill(built.module, built.weights or {})
         load_weights(built.module, found, averaged=True)
         built.module.eval()
         trained[role], step = built, found.step

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.errors import WeightsError
 from models.registry import build
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NETWORKS, ADAPTERS = "networks", "adapters"
 FORMAT = 1
 
@@ -76,6 +77,82 @@ def read_pretrained(folder: str | Path) -> dict[str, Tensor]:
     for child, file in _networks(path).items():
         tensors |= {f"{child}.{name}": tensor for name, tensor in _read(path / file).items()}
     return tensors
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name, each read when it is asked for.
+
+    They are views of the mapped files, which the system may drop from memory: whoever holds them holds no copy, and
+    must not write to them.
+    """
+
+    def __init__(self, files: Mapping[str, tuple[Path, str]]) -> None:
+        """``files``: name -> the file, and the tensor's name in it."""
+        self._files = dict(files)
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def of(cls, folder: str | Path) -> StoredTensors:
+        """Those of a part of ours, or of a folder as transformers writes it (one file, or several and an index).
+
+        WeightsError when there are none.
+        """
+        path = Path(folder).expanduser()
+        sources = {WEIGHTS: ""}
+        if (path / INDEX).is_file():
+            listed = json.loads((path / INDEX).read_text())["weight_map"]
+            sources = dict.fromkeys(sorted(set(listed.values())), "")
+        else:
+            sources |= {file: f"{child}." for child, file in _networks(path).items()}
+        return cls(
+            {f"{prefix}{name}": (path / file, name) for file, prefix in sources.items() for name in _names(path / file)}
+        )
+
+    def renamed(self, rename: Callable[[str], str]) -> StoredTensors:
+        """The same tensors under other names; those for which ``rename`` gives "" are left out."""
+        return StoredTensors({new: where for name, where in self._files.items() if (new := rename(name))})
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: Tensor = self._open[path].get_tensor(stored)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return list(stored.keys())
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Within it modules are built with parameters on the meta device; buffers, which no file holds, are real.
+
+    Not for several threads at a time: it changes how every module takes a parameter.
+    """
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def network_of(module: nn.Module) -> str:

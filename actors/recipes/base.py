@@ -38,6 +38,9 @@ class Built:
     """With the recipe's settings bound to ``step`` and ``counts``."""
     settings: Mapping[str, Any]
     """JSON values from which :meth:`Recipe.rebuild` makes the module again; kept in the run folder."""
+    weights: Mapping[str, Tensor] | None = None
+    """Of a module that was built without memory (models.pretrained.empty_weights): where its values are read, one by
+    one, once the backend knows which part of each a rank keeps (models.pretrained.StoredTensors)."""
 
 
 @dataclass(frozen=True, kw_only=True)

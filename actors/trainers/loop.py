@@ -112,8 +112,9 @@ class TrainLoop:
         seed: int,
         hooks: Hooks | None = None,
         link: Links | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.module = backend.prepare(module, role, config)
+        self.module = backend.prepare(module, role, config, weights)
         self.role, self.config, self.backend = role, config, backend
         self.loss_weights = dict(loss_weights)
         self.hooks = hooks or Hooks()
@@ -126,7 +127,11 @@ class TrainLoop:
         self._directive: Directive = "continue"
         self._interval = _Interval()
         self._autocast = torch.autocast(
-            backend.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
+            backend.device.type,
+            dtype=torch.bfloat16,
+            enabled=config.precision == "bfloat16",
+            # Casts of all weights would else live until the forward pass ends, when blocks keep nothing but inputs.
+            cache_enabled=not config.activation_checkpointing,
         )
 
     def run(self, steps: Iterable[LoadedStep]) -> LoopState:

@@ -7,6 +7,7 @@ into the role's module in place, so that what the role's step calls stays the sa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import warnings
@@ -16,14 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from configs import ConfigError
 from configs.schema import PeftConfig
 from models.errors import WeightsError
-from models.pretrained import network_of
 from models.spec import RoleSpec
 
 _ADAPTER = "default"
@@ -35,7 +35,13 @@ LORA = "lora"
 
 
 def apply_lora(
-    module: nn.Module, role: RoleSpec, peft: PeftConfig, *, keep: Sequence[str] = (), seed: int = 0
+    module: nn.Module,
+    role: RoleSpec,
+    peft: PeftConfig,
+    *,
+    keep: Sequence[str] = (),
+    seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put low-rank updates into ``module``, in place, and freeze what they adapt; returns it.
 
@@ -48,6 +54,8 @@ def apply_lora(
         keep: globs of parameters that are trained whole beside the updates, as ``recipe.train`` names them. () are the
             role's ``heads``; where it names none, the children of ``module`` that hold no update.
         seed: of the updates' first factor.
+        weights: values of what ``module`` holds on the meta device, of which DoRA needs the rows' lengths. The updates
+            are real then.
 
     ConfigError for a target or a glob that matches nothing, or a layer that cannot have an update.
     """
@@ -56,9 +64,7 @@ def apply_lora(
     targets = peft.targets or list(role.lora_targets)
     _check_targets(module, role, targets)
     kept = _kept(module, keep or role.heads, targets)
-    config = LoraConfig(
-        r=peft.rank, lora_alpha=_alpha(peft.alpha), lora_dropout=peft.dropout, target_modules=list(targets)
-    )
+    config = LoraConfig(**_settings(peft, targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -66,36 +72,68 @@ def apply_lora(
                 inject_adapter_in_model(config, module, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
         except ValueError as error:
             raise ConfigError(f"peft.targets={list(targets)}: {error}") from error
-        _materialise(module)
+        _materialise(module, weights or {})
     # PEFT has frozen everything but the updates. A kept parameter is the same object, perhaps under a longer name.
     for parameter in kept:
         parameter.requires_grad_(True)
     return module
 
 
-def _materialise(module: nn.Module) -> None:
+def _settings(peft: PeftConfig, targets: Sequence[str]) -> dict[str, Any]:
+    """PEFT's own names of what ``peft`` says."""
+    return {
+        "r": peft.rank,
+        "lora_alpha": _alpha(peft.alpha),
+        "lora_dropout": peft.dropout,
+        "use_dora": peft.dora,
+        "use_rslora": peft.rslora,
+        "target_modules": list(targets),
+    }
+
+
+def _materialise(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give the updates memory, where their layers have theirs, and PEFT's first values.
 
-    PEFT moves updates after it has made them, which fake tensors (of a plan) refuse; so it makes them on meta, outside
-    of the mode that makes tensors fake, and they are made anew here, within it.
+    A layer that has none yet gets them on CPU. PEFT moves updates after it has made them, which fake tensors (of a
+    plan) refuse; so it makes them on meta, outside of the mode that makes tensors fake, and they are made anew here,
+    within it.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for child in list(module.modules()):
+    for path, child in list(module.named_modules()):
         if not isinstance(child, BaseTunerLayer):
             continue
         layer: Any = child  # the base class does not declare all
         like = layer.get_base_layer().weight
+        device = torch.device("cpu") if like.is_meta else like.device
         for name, update in list(layer.named_parameters()):
             if _is_update(name):
                 parent, _, last = name.rpartition(".")
-                made = nn.Parameter(torch.empty(update.shape, dtype=like.dtype, device=like.device))
+                made = nn.Parameter(torch.empty(update.shape, dtype=like.dtype, device=device))
                 holder = layer.get_submodule(parent)
                 if isinstance(holder, nn.ParameterDict):
                     holder[last] = made
                 else:
                     setattr(holder, last, made)
         layer.reset_lora_parameters(_ADAPTER, True)
+        if layer.use_dora[_ADAPTER]:
+            _measure_rows(layer, path, weights)
+
+
+def _measure_rows(layer: Any, path: str, weights: Mapping[str, Tensor]) -> None:
+    """DoRA's lengths begin as those of the weight's rows, so that its outputs stay (Liu et al. 2024, equation 5)."""
+    base, magnitude = layer.get_base_layer(), layer.lora_magnitude_vector[_ADAPTER]
+    if not base.weight.is_meta:
+        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        magnitude.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=layer.scaling[_ADAPTER])
+    elif isinstance(base, nn.Linear) and f"{path}.weight" in weights:
+        with torch.no_grad():
+            magnitude.weight.copy_(torch.linalg.vector_norm(weights[f"{path}.weight"].float(), dim=1))
+    else:
+        raise ConfigError(
+            f"peft.dora=true: the rows of {path}.weight cannot be measured before it is loaded; DoRA of a network that "
+            "is loaded in parts adapts linear layers alone; set peft.targets to such, or peft.dora=false"
+        )
 
 
 def merge_lora(module: nn.Module) -> nn.Module:
@@ -128,9 +166,61 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
     for name, child in module.named_modules():
         if isinstance(child, BaseTunerLayer):
             layer: Any = child  # the base class does not declare it
-            weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+            alone = copy.deepcopy(layer)
+            alone.merge(safe_merge=True)
+            state[f"{name}.weight"] = alone.get_base_layer().weight.detach()
     return state
+
+
+def updates(module: nn.Module) -> dict[str, Tensor]:
+    """The updates of an adapted module by its own names."""
+    return {name: tensor for name, tensor in module.state_dict().items() if _is_update(name)}
+
+
+def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that updates adapt, by the names that they had before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: child.get_base_layer() for name, child in module.named_modules() if isinstance(child, BaseTunerLayer)}
+
+
+def stored_config(folder: Path) -> PeftConfig:
+    """With what settings the updates of a folder were made. WeightsError when it holds no low-rank updates."""
+    from peft import LoraConfig
+
+    try:
+        found: Any = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+    return PeftConfig(
+        method="lora",
+        rank=found.r,
+        alpha=float(found.lora_alpha),
+        dropout=found.lora_dropout,
+        dora=found.use_dora,
+        rslora=found.use_rslora,
+        targets=sorted(found.target_modules),
+    )
+
+
+def stored_updates(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The updates of a folder under the names of the adapted module, whose network is at ``prefix``.
+
+    WeightsError when they cannot be read.
+    """
+    file, begin = folder / _WEIGHTS, f"{prefix}." if prefix else ""
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}") from error
+    return {begin + _own_name(name.removeprefix(_PREFIX)): tensor for name, tensor in stored.items()}
+
+
+def _own_name(stored: str) -> str:
+    """The inverse of :func:`_stored_name`."""
+    layer, _, update = stored.partition(".lora_")
+    kind, _, field = update.partition(".")
+    return f"{layer}.lora_{kind}.{_ADAPTER}" + (f".{field}" if field else ".weight" if "magnitude" in kind else "")
 
 
 def has_lora(module: nn.Module) -> bool:
@@ -146,10 +236,16 @@ def adapter_state(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, 
     """
     begin = f"{prefix}." if prefix else ""
     return {
-        _PREFIX + f"{name.removeprefix(begin)}.".replace(f".{_ADAPTER}.", ".").removesuffix("."): tensor
+        _PREFIX + _stored_name(name.removeprefix(begin)): tensor
         for name, tensor in tensors.items()
         if name.startswith(begin) and _is_update(name)
     }
+
+
+def _stored_name(name: str) -> str:
+    """PEFT's name of an update in a file: without the adapter's, and DoRA's lengths without the name of their field."""
+    stored = f"{name}.".replace(f".{_ADAPTER}.", ".").removesuffix(".")
+    return stored.removesuffix(".weight") if ".lora_magnitude_vector." in stored else stored
 
 
 def save_adapter(
@@ -178,29 +274,9 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
     config = LoraConfig(
-        r=peft.rank,
-        lora_alpha=_alpha(peft.alpha),
-        lora_dropout=peft.dropout,
-        target_modules=peft.targets or list(role.lora_targets),
-        base_model_name_or_path=base or None,
-        inference_mode=True,
+        **_settings(peft, peft.targets or role.lora_targets), base_model_name_or_path=base or None, inference_mode=True
     )
     config.save_pretrained(str(folder))
-
-
-def save_updates(
-    place: Path, module: nn.Module, role: RoleSpec, peft: PeftConfig
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Write the updates of a trained part beside its folder ``place``, as ``<place>-adapter``.
-
-    Returns what the part's own folder gets: its merged tensors, which others use without knowing of updates, and
-    what its config.json says of them under :data:`LORA`.
-    """
-    network = network_of(module)
-    beside = place.with_name(f"{place.name}-adapter")
-    save_adapter(beside, module.state_dict(), role, peft, prefix=network)
-    described = {"role": role.name, "adapter": beside.name, "rank": peft.rank, "alpha": peft.alpha}
-    return merged_state(module), {LORA: described}
 
 
 def load_adapter(network: nn.Module, folder: Path) -> nn.Module:

@@ -144,6 +144,7 @@ def _make_loop(config: RunConfig, recipe: Recipe, built: Built, backend: Backend
         loss_weights=recipe.loss_weights(role),
         seed=config.seed,
         link=link,
+        weights=built.weights,
     )
 
 
@@ -158,7 +159,7 @@ def adapt(config: RunConfig, role: str, built: Built) -> nn.Module:
     if settings.peft.method == "lora":
         from actors.trainers.lora import apply_lora
 
-        return apply_lora(built.module, built.spec, settings.peft, keep=globs, seed=config.seed)
+        return apply_lora(built.module, built.spec, settings.peft, keep=globs, seed=config.seed, weights=built.weights)
     if globs:
         select_trained(built.module, globs, role)
     return built.module
@@ -215,7 +216,8 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
             for name, encoder in config.encoders.items()
         },
         "cache.codec": config.cache.codec,
-        "peft": dataclasses.asdict(config.peft),
+        # What is off decides nothing: a checkpoint from before there was such an option stays valid.
+        "peft": {k: v for k, v in dataclasses.asdict(config.peft).items() if v is not False},
         "roles": {name: dataclasses.asdict(role) for name, role in config.roles.items()},
         "data.augment": dataclasses.asdict(config.data.augment),
         "data.text": dataclasses.asdict(config.data.text),

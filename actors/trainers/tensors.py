@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.errors import WeightsError
+
+#: Elements of the buffer in which ZeRO collects gradients before it sums them over the ranks.
+_BUCKET = 10**8
+
+
+def bucket_elements(trained: int) -> int:
+    """Elements of ZeRO's buffer of gradients, when ``trained`` parameters have some."""
+    return max(1, min(trained, _BUCKET))
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """Elements of tensors, whole also where stage 3 of ZeRO holds parts."""
+    return sum(int(getattr(tensor, "ds_numel", tensor.numel())) for tensor in tensors)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,8 +67,65 @@ def assign(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor):
         mesh = target.device_mesh
         # src_data_rank=None: every rank has the value already, so nothing is sent.
-        target.copy_(
-            distribute_tensor(value.to(mesh.device_type, target.dtype), mesh, target.placements, src_data_rank=None)
-        )
+        target.copy_(distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(value)
+
+
+@dataclass(frozen=True)
+class OnMeta:
+    """A parameter or buffer that has no memory yet, and every place of the module that holds it (tied weights)."""
+
+    name: str
+    """Its first name, as in ``weights`` of :meth:`actors.trainers.backends.base.Backend.prepare`."""
+    tensor: Tensor
+    homes: tuple[tuple[nn.Module, str], ...]
+
+    def replace(self, value: Tensor) -> Tensor:
+        """Put ``value`` in all places; what it is there (a parameter stays one, trained or frozen as it was)."""
+        parameter = isinstance(self.tensor, nn.Parameter)
+        made = nn.Parameter(value, requires_grad=self.tensor.requires_grad) if parameter else value
+        for owner, attribute in self.homes:
+            setattr(owner, attribute, made)
+        return made
+
+
+def on_meta(module: nn.Module) -> Iterator[OnMeta]:
+    """What of a module lies on the meta device, each once, in the module's order."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    first: dict[int, tuple[str, Tensor]] = {}
+    for path, owner in module.named_modules():
+        for attribute, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                first.setdefault(id(tensor), (f"{path}.{attribute}" if path else attribute, tensor))
+                homes.setdefault(id(tensor), []).append((owner, attribute))
+    for key, (name, tensor) in first.items():
+        yield OnMeta(name, tensor, tuple(homes[key]))
+
+
+def stored_value(found: OnMeta, weights: Mapping[str, Tensor]) -> Tensor:
+    """The value of ``found`` among stored weights, where an adapted layer has its old name.
+
+    WeightsError where there is none, or one of another shape.
+    """
+    name = found.name.replace(".base_layer.", ".")
+    if name not in weights:
+        raise WeightsError(f"{name} was built without memory, and the weights that it starts from do not hold it")
+    value = weights[name]
+    if value.shape != found.tensor.shape:
+        raise WeightsError(f"{name}: expected {tuple(found.tensor.shape)}, got {tuple(value.shape)} in the weights")
+    return value
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+    """:func:`filled` for all that a module holds on meta."""
+    for found in on_meta(module):
+        filled(found, weights, torch.device(device))
+
+
+@torch.no_grad()
+def filled(found: OnMeta, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Make what lies on meta on ``device``, with its stored value; of a DTensor this rank's part alone."""
+    made = found.replace(torch.empty_like(found.tensor, device=device, requires_grad=False))
+    assign(made, stored_value(found, weights))
+    return made

@@ -134,9 +134,12 @@ def oracle(
     return {"norms": norms, "weights": weights, "moments": moments}
 
 
-def run_case(settings: BackendConfig, kinds: str, window: int, role: RoleSpec = ROLE) -> dict[str, Any]:
+def run_case(
+    settings: BackendConfig, kinds: str, window: int, role: RoleSpec = ROLE, *, recompute: bool = False
+) -> dict[str, Any]:
     """The steps with a backend, in a process of an initialised group; what :func:`oracle` gives."""
     from actors.trainers.backends import make_backend
+    from actors.trainers.recompute import checkpoint_activations
 
     torch.manual_seed(0)
     backend = make_backend(settings, "cpu")
@@ -144,6 +147,8 @@ def run_case(settings: BackendConfig, kinds: str, window: int, role: RoleSpec = 
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += backend.rank  # overwritten by rank 0's
+    if recompute:
+        checkpoint_activations(module, role)
     module = backend.prepare(module, role, CONFIG)
     norms, weights, moments, sums = [], [], [], []
     for step in range(STEPS):

@@ -39,7 +39,10 @@ def make_backend(config: BackendConfig, device: torch.device | str) -> Backend:
     from actors.trainers.backends.zero import ZeroBackend
 
     return ZeroBackend(
-        device, stage=int(config.name.removeprefix("zero")), persistence_threshold=config.persistence_threshold
+        device,
+        stage=int(config.name.removeprefix("zero")),
+        persistence_threshold=config.persistence_threshold,
+        offload=config.offload,
     )
 
 

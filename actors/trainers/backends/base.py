@@ -27,10 +27,15 @@ class Backend(Protocol):
     loss_scale: float
     """What :meth:`backward` multiplies the loss by: gradients of tensors that came on an edge are as much too large."""
 
-    def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
+    def prepare(
+        self, module: nn.Module, role: RoleSpec, config: TrainerConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> nn.Module:
         """Place and spread the module, give every rank the weights of rank 0, make the optimiser.
 
         Parameters that require a gradient are trained. Returns what is called from now on; names stay.
+
+        ``weights`` has the values of what the module holds on the meta device: they are read one by one, by every rank,
+        and where the backend cuts weights, a rank keeps its part of each before it reads the next.
         """
 
     def zero_grad(self) -> None:
@@ -85,9 +90,13 @@ def backward(loss: Tensor | None, edges: Sequence[Edge] = ()) -> None:
         scalar.backward()
 
 
-def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """All gradients as one float32 vector on CPU's or the device's memory; zeros where a parameter took no part."""
+def flatten_gradients(parameters: Sequence[nn.Parameter], extra: Tensor | None = None) -> Tensor:
+    """All gradients as one float32 vector on CPU's or the device's memory, ``extra`` (n,) behind them.
+
+    Zeros where a parameter took no part.
+    """
     parts = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+    parts += [] if extra is None else [extra.to(parts[0].device)]
     return torch.cat([part.float() for part in parts])
 
 

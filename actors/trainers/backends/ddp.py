@@ -8,6 +8,7 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,13 +30,18 @@ class DdpBackend(SingleBackend):
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
-    def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:
+    def _place(self, module: nn.Module, role: RoleSpec, weights: Mapping[str, Tensor]) -> nn.Module:
         """Move the module to the device and copy the weights and buffers of rank 0 to all."""
-        module = super()._place(module, role)
+        self._share(module)
+        return super()._place(module, role, weights)
+
+    def _share(self, module: nn.Module) -> None:
+        """Move what is not on meta to the device and give every rank rank 0's; the rest all ranks read themselves."""
+        module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         if self.world_size > 1:
             for tensor in module.state_dict().values():
-                dist.broadcast(tensor, group=self.group, group_src=0)
-        return module
+                if not tensor.is_meta:
+                    dist.broadcast(tensor, group=self.group, group_src=0)
 
     def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Sum gradients and ``extra`` over the ranks in one all-reduce; returns the sum of ``extra``, and the norm.
@@ -45,11 +51,10 @@ class DdpBackend(SingleBackend):
         if self.world_size == 1:
             return super().reduce(extra)
         parameters = list(self._parameters.values())
-        flat = flatten_gradients(parameters)
-        message = torch.cat([flat, extra.to(flat)])
+        message = flatten_gradients(parameters, extra)
         dist.all_reduce(message, group=self.group)
-        scatter_gradients(message[: flat.numel()], parameters)
-        return message[flat.numel() :].double().cpu(), gradient_norm(self._parameters, self._unclipped)
+        scatter_gradients(message, parameters)
+        return message[len(message) - len(extra) :].double().cpu(), gradient_norm(self._parameters, self._unclipped)
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""

@@ -6,6 +6,8 @@ which is right in every order of forwards and backwards and of kinds of micro-ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from actors.trainers.backends.ddp import DdpBackend
 from actors.trainers.optim import gradient_norm
+from actors.trainers.tensors import fill
 from models.spec import RoleSpec
 
 
@@ -32,9 +35,9 @@ class Fsdp2Backend(DdpBackend):
         super().__init__(device, group)
         self._reshard = reshard_after_forward
 
-    def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:
-        """Give every rank the weights of rank 0, then keep this rank's part of each."""
-        module = super()._place(module, role)
+    def _place(self, module: nn.Module, role: RoleSpec, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Give every rank the weights of rank 0, then keep this rank's part of each; on meta they are cut first."""
+        self._share(module)
         mesh = self._mesh()
         # Inner blocks first: what a block has sharded is no longer its parent's to shard.
         for child in reversed(list(module.modules())):
@@ -47,6 +50,7 @@ class Fsdp2Backend(DdpBackend):
                 # because gloo has no operation that scales as it adds.
                 child.set_gradient_divide_factor(1.0)
                 child.set_force_sum_reduction_for_comms(True)
+        fill(module, weights, self.device)
         return module
 
     def _mesh(self) -> DeviceMesh:

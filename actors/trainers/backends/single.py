@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.trainers.backends.base import Edge, backward, flatten_gradients, scatter_gradients
+from actors.trainers.backends.base import Edge, backward
 from actors.trainers.optim import build_optimizer, clip, gradient_norm, set_rate, split
-from actors.trainers.tensors import assign, local, saved_tensors, trainable, whole
+from actors.trainers.tensors import assign, fill, local, saved_tensors, trainable, whole
 from configs.schema import TrainerConfig
 from models.spec import RoleSpec
 
@@ -28,14 +28,17 @@ class SingleBackend:
         self._parameters: dict[str, nn.Parameter] = {}
         self._unclipped: Sequence[str] = ()
 
-    def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
+    def prepare(
+        self, module: nn.Module, role: RoleSpec, config: TrainerConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> nn.Module:
         """Put the module where it is trained and make its optimiser."""
-        self._module = self._place(module, role)
+        self._module = self._place(module, role, weights or {})
         self._parameters, self._unclipped = trainable(self._module), role.unclipped
         self._optimizer = build_optimizer(self._module, config, role.no_decay, role.unclipped)
         return self._module
 
-    def _place(self, module: nn.Module, role: RoleSpec) -> nn.Module:  # noqa: ARG002  others shard by the role
+    def _place(self, module: nn.Module, role: RoleSpec, weights: Mapping[str, Tensor]) -> nn.Module:  # noqa: ARG002
+        fill(module, weights, self.device)
         return module.to(self.device)
 
     def zero_grad(self) -> None:
@@ -51,8 +54,9 @@ class SingleBackend:
 
         A parameter that took no part gets a zero gradient, as it would among several ranks.
         """
-        parameters = list(self._parameters.values())
-        scatter_gradients(flatten_gradients(parameters), parameters)
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return extra, gradient_norm(self._parameters, self._unclipped)
 
     def update(self, rate: float, norm: Tensor, limit: float) -> None:

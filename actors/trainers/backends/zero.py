@@ -12,6 +12,7 @@ Pitfalls that were measured, and what is done about them here:
   buffers are emptied at the start of each step (:meth:`ZeroBackend.zero_grad`).
 * It averages over ranks and micro-batches: the loss is multiplied by the number of ranks, and nothing is divided by the
   number of micro-batches.
+* Gradients that lie on the host are not emptied between steps either (:meth:`ZeroBackend.zero_grad`).
 * It clips all parameters by one norm, to 1 unless told otherwise: it is told not to, and :meth:`ZeroBackend.update`
   clips, for a role may leave parameters unclipped.
 """
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from actors.trainers.backends.base import Edge, combine
 from actors.trainers.backends.ddp import DdpBackend
 from actors.trainers.optim import build_optimizer, set_rate
-from actors.trainers.tensors import assign, saved_tensors, trainable, whole
+from actors.trainers.tensors import assign, bucket_elements, count, filled, on_meta, saved_tensors, trainable, whole
 from configs import ConfigError
 from configs.schema import TrainerConfig
 from models.spec import RoleSpec
@@ -46,15 +47,23 @@ class ZeroBackend(DdpBackend):
     sharded = True
 
     def __init__(
-        self, device: torch.device | str = "cpu", *, stage: int = 2, persistence_threshold: int = 100_000
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        stage: int = 2,
+        persistence_threshold: int = 100_000,
+        offload: str = "none",
     ) -> None:
         super().__init__(device)
         self.stage = stage
+        self.offload = offload
         self.loss_scale = float(self.world_size)
         self._persistence_threshold = persistence_threshold
         self._backwards = 0
 
-    def prepare(self, module: nn.Module, role: RoleSpec, config: TrainerConfig) -> nn.Module:
+    def prepare(
+        self, module: nn.Module, role: RoleSpec, config: TrainerConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> nn.Module:
         """Give every rank the weights of rank 0 and hand them to DeepSpeed, with an AdamW as other backends have it.
 
         ConfigError for what stage 3 cannot do.
@@ -65,20 +74,45 @@ class ZeroBackend(DdpBackend):
                 "set trainer.ema=0, or choose backend=zero2 or backend=fsdp2"
             )
         deepspeed = _import(self.device)
-        self._module = self._place(module, role)
+        self._module = self._place(module, role, weights or {})
         self._parameters = trainable(self._module)
         engine, self._zero, *_ = deepspeed.initialize(
             model=self._module,
             optimizer=build_optimizer(self._module, config, role.no_decay, role.unclipped),
-            config=self._settings(),
+            config=self._settings(self._module),
         )
         self._engine: Any = engine
         self._optimizer = self._zero.optimizer
         return self._module
 
-    def _settings(self) -> dict[str, Any]:
+    def _place(self, module: nn.Module, role: RoleSpec, weights: Mapping[str, Tensor]) -> nn.Module:
+        """As others do; with stage 3 what lies on meta is made, filled and cut one by one."""
+        if self.stage != 3:
+            return super()._place(module, role, weights)
+        from deepspeed.runtime.zero import Init
+
+        self._share(module)
+        cut: Any = None
+        for found in on_meta(module):
+            made = filled(found, weights, self.device)
+            if not isinstance(made, nn.Parameter):
+                continue
+            if cut is None:
+                Init(module=nn.ParameterList([made]), config_dict_or_path=self._settings(module), dtype=made.dtype)
+                cut = made
+            else:
+                cut.convert_to_zero_parameters(param_list=[made])
+        return module
+
+    def _settings(self, module: nn.Module) -> dict[str, Any]:
         # Gradients are read between the last backward and the step, where an overlapped reduction may still run.
         zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False}
+        # The buffer is there all the time; DeepSpeed would take 2 GB of float32 for it.
+        zero["reduce_bucket_size"] = bucket_elements(count(trainable(module).values()))
+        if self.offload != "none":
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        if self.offload == "parameters":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if self.stage == 3:
             zero |= {
                 "stage3_param_persistence_threshold": self._persistence_threshold,
@@ -92,6 +126,7 @@ class ZeroBackend(DdpBackend):
             "gradient_clipping": 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # AdamW as the others have it, whose moments may lie on the host
             "steps_per_print": 10**12,
             "wall_clock_breakdown": False,
         }
@@ -101,6 +136,11 @@ class ZeroBackend(DdpBackend):
         zero = self._zero
         zero.zero_grad(set_to_none=True)
         self._backwards = 0
+        if self.offload != "none":
+            # On the host too they stay where a parameter takes no part in a step, or not in its first micro-batch.
+            host = [partition.grad for partition in self._partitions() if partition.grad is not None]
+            for gradient in (*host, *getattr(zero, "accumulated_grads_in_cpu", {}).values()):
+                gradient.zero_()
         if self.stage == 3:
             zero.grad_partitions_flat_buffer.zero_()
         else:
@@ -147,7 +187,10 @@ class ZeroBackend(DdpBackend):
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         # Stage 3 may cut a group of the optimiser in several.
         groups: Mapping[int, int] = self._zero.sub_group_to_group_id if self.stage == 3 else {}
-        for index, parts in self._zero.averaged_gradients.items():
+        whole: Mapping[int, list[Tensor | None]] = self._zero.averaged_gradients
+        if self.offload != "none":
+            whole = {index: [partition.grad] for index, partition in enumerate(self._partitions())}
+        for index, parts in whole.items():
             clipped = self._optimizer.param_groups[groups.get(index, index)]["clipped"]
             found[0 if clipped else 1].extend(part for part in parts if part is not None)
         return found

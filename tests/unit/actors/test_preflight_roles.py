@@ -25,7 +25,7 @@ from actors.preflight.render import render
 from actors.preflight.sizes import data_sizes
 from actors.preflight.trained import how_to_train
 from actors.trainers.recompute import checkpoint_activations
-from configs.schema import RunConfig
+from configs.schema import BackendConfig, RunConfig
 from configs.validate import RECIPES, ROLES
 from models.pretrained import save_pretrained
 from models.registry import spec
@@ -203,21 +203,48 @@ def test_memory_of_a_role_that_reads_text_is_what_a_tracker_measures(checkpointi
 
 
 @pytest.mark.parametrize(
-    ("backend", "weights", "gradients", "optimiser"),
-    [("ddp", 1.0, 1.0, 1.0), ("zero2", 1.0, 0.25, 0.375), ("zero3", 1.25, 0.25, 0.375), ("fsdp2", None, 0.25, 0.25)],
+    ("backend", "weights", "master", "gradients", "optimiser"),
+    [
+        ("ddp", 1, 0, 1, 1),
+        ("zero2", 1, 0.25, 0.25, 0.25),
+        ("zero3", 0.25, 0.25, 0.25, 0.25),
+        ("fsdp2", 0.25, 0, 0.25, 0.25),
+    ],
 )
-def test_what_a_backend_divides(backend: str, weights: float | None, gradients: float, optimiser: float) -> None:
+def test_what_a_backend_divides(
+    backend: str, weights: float, master: float, gradients: float, optimiser: float
+) -> None:
     module, role = fake_language(), language()
     whole = step_cost(module, role, fake_batch("conversation", COLUMNS, 2, LENGTHS, module))
-    part = spread(whole, module, role, backend, 4)
+    part = spread(whole, module, role, BackendConfig(name=backend), 4)
+    buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+    assert part.weights - buffers == pytest.approx(weights * (whole.weights - buffers))
+    assert part.master == pytest.approx(master * whole.gradients)
     assert part.gradients == pytest.approx(gradients * whole.gradients)
     assert part.optimiser == pytest.approx(optimiser * whole.optimiser)
-    if weights is None:  # a quarter, and two units that are gathered
-        assert whole.weights / 4 < part.weights < whole.weights * 1.25
-        assert spread(whole, module, role, backend, 4, reshard=False).weights == whole.weights // 4 + whole.weights
-    else:
-        assert part.weights == pytest.approx(weights * whole.weights)
-    assert spread(whole, module, role, backend, 1) == whole
+    assert (part.gathered > 0) == (backend in ("zero3", "fsdp2"))
+    assert (part.buckets > 0) == backend.startswith("zero")
+    assert part.host == 0
+    kept = spread(whole, module, role, BackendConfig(name="fsdp2", reshard_after_forward=False), 4)
+    assert kept.gathered == whole.weights - buffers
+    alone = spread(whole, module, role, BackendConfig(name="fsdp2"), 1)
+    assert (alone.weights, alone.gradients, alone.gathered) == (whole.weights, whole.gradients, 0)
+
+
+def test_offload_moves_to_the_host_what_the_optimiser_has() -> None:
+    module, role = fake_language(), language()
+    whole = step_cost(module, role, fake_batch("conversation", COLUMNS, 2, LENGTHS, module))
+    peaks, host = {}, {}
+    for name, offload in [("zero2", "none"), ("zero2", "optimizer"), ("zero3", "none"), ("zero3", "optimizer"),
+                          ("zero3", "parameters")]:  # fmt: skip
+        part = spread(whole, module, role, BackendConfig(name=name, offload=offload), 4, accelerated=True)
+        peaks[name, offload], host[name, offload] = part.peak(2), part.host
+        assert (part.optimiser, part.master) == (0, 0) or offload == "none"
+    assert peaks["zero2", "optimizer"] < peaks["zero2", "none"]
+    assert peaks["zero3", "parameters"] < peaks["zero3", "optimizer"] < peaks["zero3", "none"]
+    part = whole.gradients // 4
+    assert host["zero3", "optimizer"] == 5 * part
+    assert host["zero2", "optimizer"] == host["zero3", "parameters"] == 6 * part
 
 
 def test_only_what_is_trained_has_gradients_and_moments(tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ JOINT = "recipe=uniugg_joint"
         (["roles.llm.backend=single", "cluster.roles.llm.workers=[2]"], ["roles.llm.backend=single", "one worker"]),
         (["roles.llm.backend=zero3", "roles.llm.trainer.ema=0.9"], ["zero3", "trainer.ema=0.9"]),
         (["roles.llm.backend=zero3", "trainer.ema=0.9"], ["zero3", "trainer.ema=0.9"]),
+        (["backend=fsdp2", "backend.offload=optimizer"], ["backend.offload=optimizer", "only zero2 and zero3 can"]),
+        (
+            ["backend=zero2", "backend.offload=parameters"],
+            ["backend.name=zero2: only zero3 can", "choose backend=zero3"],
+        ),
+        (["peft.dora=true"], ["peft.dora=true has no effect", "choose peft=lora"]),
         (["bridge.transport=local"], ["bridge.transport=local contradicts cluster.mode=local", "llm and diffusion"]),
         (["bridge.transport=group", "cluster=inline"], ["bridge.transport=group contradicts cluster.mode=inline"]),
         (["cluster.roles.trainer.workers=[1]"], ["cluster.roles.trainer", "no such role"]),

@@ -39,13 +39,20 @@ BACKENDS = {
     "fsdp2 kept": BackendConfig(name="fsdp2", reshard_after_forward=False),
     "zero3": BackendConfig(name="zero3", persistence_threshold=0),  # else such small parameters are not partitioned
     "zero3 persistent": BackendConfig(name="zero3", persistence_threshold=20),
+    "zero2 offload": BackendConfig(name="zero2", offload="optimizer"),
+    "zero3 offload": BackendConfig(name="zero3", offload="optimizer", persistence_threshold=0),
+    "zero3 parameters": BackendConfig(name="zero3", offload="parameters", persistence_threshold=0),
 }
+RECOMPUTED = " recomputed"
+"""End of the name of a backend whose blocks keep their inputs only."""
 
 
 def run_cases(names: Sequence[str], cases: Sequence[tuple[str, int]], role: RoleSpec = ROLE) -> dict[str, Any]:
     """All cases of all backends on this rank."""
     return {
-        f"{name}/{kinds}/{window}": run_case(BACKENDS[name], kinds, window, role)
+        f"{name}/{kinds}/{window}": run_case(
+            BACKENDS[name.removesuffix(RECOMPUTED)], kinds, window, role, recompute=name.endswith(RECOMPUTED)
+        )
         for name in names
         for kinds, window in cases
     }
@@ -142,8 +149,17 @@ def test_the_norm_tells_of_a_nan_in_what_is_unclipped(tmp_path: Path, names: tup
             assert not torch.isfinite(rank[f"{name}/nan"])
 
 
+def test_two_ranks_with_moments_on_the_host_and_recomputed_blocks_equal_autograd(tmp_path: Path) -> None:
+    names, cases = ("zero2 offload", "zero3 parameters", "zero3 offload recomputed"), [("gqgq", 3), ("nqg", 2)]
+    ranks = in_ranks(run_cases, tmp_path, 2, names, cases)
+    check(ranks, names, cases)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "single"])
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in BACKENDS if name != "single"), *(name + RECOMPUTED for name in ("fsdp2", "zero2", "zero3"))],
+)
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_order_and_window_equals_autograd(tmp_path: Path, name: str, world: int) -> None:
     cases = MATRIX + HARD
