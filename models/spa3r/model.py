@@ -111,8 +111,10 @@ class Spa3R(nn.Module):
                 f"the encoder takes features (B, views, {rows}*{columns}, {self.channels}) of at least one context "
                 f"view, got {tuple(context.shape)}; model.overrides.channels must be twice VGGT's width"
             )
-        patches = self.projection(context.to(self.query_embed.weight.dtype)).flatten(1, 2)
-        queries = self.query_embed.weight.to(patches.dtype).expand(len(patches), -1, -1)
+        patches = self.projection(context.float()).flatten(1, 2)
+        # The layer is called, its weight is not read: what shards weights hooks calls.
+        queries = self.query_embed(torch.arange(self.queries, device=patches.device))
+        queries = queries.to(patches.dtype).expand(len(patches), -1, -1)
         positions = rotary_positions(
             self.rope, grid, still=self.encoder.registers + self.queries, views=context.shape[1], like=patches
         )
@@ -127,7 +129,7 @@ class Spa3R(nn.Module):
             raise ModelError(f"cameras are (B, views, 9) for {len(latents)} scenes, got {tuple(pose.shape)}")
         views = pose.shape[1]
         cameras = cameras_of(pose.flatten(0, 1), grid, plucker=self.camera == PLUCKER)
-        rays = self.pose_tokenizer(cameras.rays.to(self.query_embed.weight.dtype))
+        rays = self.pose_tokenizer(cameras.rays)
         shared = latents[:, None].expand(-1, views, -1, -1).flatten(0, 1).to(rays.dtype)
         tokens = self.decoder(torch.cat([shared, rays], dim=1), self._positions(cameras, grid))
         return tokens[:, self.queries :].unflatten(0, (-1, views))
