@@ -59,7 +59,7 @@ GEOMETRY_ONLY = ("recipe.losses.semantic_tokens=0", "recipe.losses.semantic_summ
 #: Optimiser steps by recipe.
 STEPS = {
     "uniugg_encoder": 2000,
-    "uniugg_vae": 600,
+    "uniugg_vae": 900,
     "uniugg_align": 1000,
     "uniugg_joint": 1200,
     "uniugg_finetune": 400,
