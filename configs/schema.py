@@ -175,6 +175,10 @@ class EncoderConfig:
     # [height, width] of the shape whose largest central window is read and stretched to the input's size, so that two
     # encoders of different shapes see the same part of a picture; [] is the input's own shape.
     window: list[int] = field(default_factory=list)
+    # Pixels that the width of a picture of any shape is brought to, its height following; of that the part that is
+    # multiples of the patch is read, so that records have grids of their own, and `height` and `width` are what a plan
+    # reckons with (qwen2_5_vl); 0 reads all pictures at one size.
+    side: int = 0
     # Layers whose patch tokens are kept, counted from 1; [] keeps the last only.
     layers: list[int] = field(default_factory=list)
     # Compute and storage dtype: float32 | bfloat16 | float16.

@@ -108,9 +108,38 @@ class Spa3rConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is in the cross-attention to spatial latents beside the paper's equation; the released weights have all."""
+
+    # Two linear layers before the attention, from the latents' width to the language model's.
+    projector: bool = False
+    # Norms of the attention's queries and keys.
+    qk_norm: bool = False
+    # A norm behind the attention.
+    norm: bool = False
+    # A gate on what is added to a visual token.
+    gate: bool = False
+    # Heads of the attention (0: those of the language model).
+    heads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spa3VlmConfig:
+    """Spa3-VLM's settings (arXiv 2602.21186, section 3.3). Frames of a video: options of its source."""
+
+    # What the visual tokens get to know of space: none (plain Qwen2.5-VL) | vggt (VGGT's own features, by
+    # cross-attention) | append (Spa3R's latents, as tokens of their own) | cross (Spa3R's latents, by cross-attention).
+    geometry: str = "cross"
+    # Conversations about the same pictures that share one visual prefix, at most; 1 packs none.
+    questions_per_sample: int = 1
+    # The form of the cross-attention.
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     # What is trained: probe | uniugg_encoder | uniugg_vae | uniugg_align | uniugg_joint | uniugg_finetune |
-    # uniugg_direct | spa3r_pretrain.
+    # uniugg_direct | spa3r_pretrain | spa3_vlm.
     name: str = "probe"
     # Relative share of micro-batches of each kind in every step (largest remainder).
     quotas: dict[str, float] = field(default_factory=lambda: {"view": 1.0})
@@ -129,5 +158,7 @@ class RecipeConfig:
     uniugg: UniuggConfig = field(default_factory=UniuggConfig)
     # Settings of Spa3R's pre-training.
     spa3r: Spa3rConfig = field(default_factory=Spa3rConfig)
+    # Settings of the language model behind Spa3R.
+    spa3_vlm: Spa3VlmConfig = field(default_factory=Spa3VlmConfig)
     # Settings that only this recipe knows (documented in its spec).
     options: dict[str, Any] = field(default_factory=dict)

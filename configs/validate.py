@@ -26,7 +26,7 @@ FORMATS = (
 )  # fmt: skip
 RECIPES = (
     "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
-    "spa3r_pretrain",
+    "spa3r_pretrain", "spa3_vlm",
 )  # fmt: skip
 IMAGE_FAMILIES = (
     "dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r", "vggt_patches", "qwen2_5_vl",
@@ -48,6 +48,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "recipe.spa3r.loss_views": ("targets", "all"),
     "recipe.spa3r.targets": ("joint", "symmetric"),
     "recipe.spa3r.qk_norm_global": ("auto", "layernorm", "rmsnorm"),
+    "recipe.spa3_vlm.geometry": ("none", "vggt", "append", "cross"),
     "bridge.transport": ("auto", "local", "group", "objects"),
     "generate.points": ("target", "union"),
     "data.sources.*.format": FORMATS,
@@ -78,6 +79,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "uniugg_finetune": ("llm", "diffusion"),
     "uniugg_direct": ("llm",),
     "spa3r_pretrain": ("trainer",),
+    "spa3_vlm": ("vlm",),
 }
 
 #: Patch size of a family's published networks, where ``arch`` or the name of the weights says nothing else.
@@ -153,6 +155,8 @@ RANGES: Mapping[str, Range] = {
     "recipe.view_set.partitions": _COUNT,
     "recipe.view_set.seed": _COUNT,
     "recipe.losses.*": _COUNT,
+    "recipe.spa3_vlm.questions_per_sample": _POSITIVE,
+    "recipe.spa3_vlm.adapter.heads": _COUNT,
     "recipe.uniugg.matches": _POSITIVE,
     "recipe.uniugg.match_share": _SHARE,
     "recipe.uniugg.match_temperature": _ABOVE_0,

@@ -28,6 +28,8 @@ def view_sets(config: RunConfig) -> Iterator[str]:
         )
     if config.recipe.name == "spa3r_pretrain":
         yield from _spa3r(config)
+    if config.recipe.name == "spa3_vlm":
+        yield from _spa3_vlm(config)
 
 
 def _spa3r(config: RunConfig) -> Iterator[str]:
@@ -49,3 +51,11 @@ def _spa3r(config: RunConfig) -> Iterator[str]:
     unknown = sorted(set(spa3r.predict) - set(PREDICTED))
     if unknown or not spa3r.predict or len(set(spa3r.predict)) != len(spa3r.predict):
         yield f"recipe.spa3r.predict={spa3r.predict} must be some of {', '.join(PREDICTED)}, each once"
+
+
+def _spa3_vlm(config: RunConfig) -> Iterator[str]:
+    for name, encoder in config.encoders.items():
+        if encoder.side and encoder.family != "qwen2_5_vl":
+            yield f"encoders.{name}.side={encoder.side}: pictures of any shape are for qwen2_5_vl, not {encoder.family}"
+        if encoder.side < 0 or encoder.side % 14:
+            yield f"encoders.{name}.side={encoder.side} must be a multiple of 14, or 0"

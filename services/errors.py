@@ -41,6 +41,16 @@ class DataError(LoomError):
     """A file of a data set is missing, unreadable, or says something impossible. Names the file."""
 
 
+class PackedError(DataError):
+    """One of several conversations of a sample is broken, and the sample with it: ``culprit`` is the id that the
+    conversation alone would have, which is what the quarantine should name.
+    """
+
+    def __init__(self, message: str, culprit: str) -> None:
+        super().__init__(message)
+        self.culprit = culprit
+
+
 class QuarantineLimitError(DataError):
     """More samples broke than ``data.max_broken`` allows."""
 

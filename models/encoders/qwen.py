@@ -31,6 +31,7 @@ from models.encoders.weights import (
     torch_dtype,
 )
 from models.errors import ModelError
+from models.spa3r.vlm.frames import frame_size
 from models.spa3r.vlm.qwen import OLD_VISION, VISION, build_tower, fill_tower, qwen_settings
 from models.spec import TensorSpec
 
@@ -45,6 +46,8 @@ class QwenVision(FrozenEncoder):
         height: of the input in pixels, where a request does not say.
         width: likewise.
         dtype: compute dtype.
+        side: width to which pictures of any shape are brought, of which the part that is multiples of 28 is read
+            (:mod:`models.spa3r.vlm.frames`); 0 gives all of them the size above.
     """
 
     input_kind = InputKind.IMAGE
@@ -58,8 +61,10 @@ class QwenVision(FrozenEncoder):
         height: int,
         width: int,
         dtype: str = "bfloat16",
+        side: int = 0,
     ) -> None:
         super().__init__()
+        self.side = side
         self.folder, self.seed = None if weights == RANDOM else resolve_folder(weights), seed
         self.config = _vision_config(weights, arch or {})
         self.unit = int(self.config.patch_size * self.config.spatial_merge_size)
@@ -109,6 +114,7 @@ class QwenVision(FrozenEncoder):
             "preprocessing": self.preprocessing.identity(),
             "libraries": library_versions(),
             "padding": [self.preprocessing.height, self.preprocessing.width],
+            **({"side": self.side} if self.side else {}),
             "layout": self.layout_version,
         }
 
@@ -126,6 +132,9 @@ class QwenVision(FrozenEncoder):
         ``transform`` as in preprocess.py, and ``size``: [height, width] in the place of the configured one.
         """
         rest = {key: item for key, item in transform.items() if key != "size"}
+        if "size" not in transform and self.side and "box" not in transform:
+            frame = frame_size(value.shape[0], value.shape[1], side=self.side).visual_transform()
+            transform, rest = {**transform, **frame}, {**rest, "box": frame["box"]}
         if "size" not in transform:
             return self.preprocessing(value, rest)
         height, width = (int(side) for side in transform["size"])

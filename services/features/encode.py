@@ -17,7 +17,7 @@ import torch
 from configs.schema import EncoderConfig, RunConfig
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.families import CLASSES, family_class, input_kind
-from models.encoders.weights import RANDOM, same_digest
+from models.encoders.weights import RANDOM, is_here, same_digest
 from models.errors import ModelError
 from models.spec import TensorSpec
 from services.contracts import FeatureRequest, Record, Tensor
@@ -25,6 +25,7 @@ from services.data.images import describe, load_image
 from services.errors import USER_ERRORS, ConfigError, DataError
 from services.features import codecs
 from services.features.requests import encoder_config, view_requests
+from services.streams.inputs import needed_encoders
 
 Answer = Record | BaseException
 Upstream = Callable[[Sequence[FeatureRequest]], Sequence[Answer]]
@@ -49,9 +50,16 @@ def build_encoder(name: str, config: RunConfig) -> FrozenEncoder:
 
 
 def pin_weights(config: RunConfig) -> RunConfig:
-    """The same run, each encoder bound to the weights that it has now, in every process that the config is sent to."""
+    """The same run, each encoder bound to the weights that it has now, in every process that the config is sent to.
+
+    One that the run does not use, and whose weights are not here, stays as it is.
+    """
+    absent = {name for name, given in config.encoders.items() if given.weights != RANDOM and not is_here(given.weights)}
+    unused = absent - set(needed_encoders(config)) if absent else absent
     pinned = {
-        name: dataclasses.replace(settings, digest=_weights_of(build_encoder(name, config)))
+        name: settings
+        if name in unused
+        else dataclasses.replace(settings, digest=_weights_of(build_encoder(name, config)))
         for name, settings in config.encoders.items()
     }
     return dataclasses.replace(config, encoders=pinned)

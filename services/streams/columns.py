@@ -45,15 +45,21 @@ class Texts:
             self._prompt = self._columns.generation()
         return self._prompt
 
-    def get(self, samples: Sequence[PlanSample]) -> list[Record | DataError]:
-        """Columns of every sample, in order; a DataError for one that is too long, has no answer, or is no text."""
+    def get(self, samples: Sequence[PlanSample], seen: Sequence[Record] = ()) -> list[Record | DataError]:
+        """Columns of every sample, in order; a DataError for one that is too long, has no answer, or is no text.
+
+        ``seen``: what is known of each sample already, its pictures' grids for one.
+        """
         answers: list[Record | DataError] = []
-        for sample in samples:
+        for place, sample in enumerate(samples):
             try:
-                answers.append(self.prompt if sample.kind == _GENERATION else self._conversation(sample))
+                answers.append(self._of(sample, seen[place] if seen else {}))
             except DataError as error:
                 answers.append(error)
         return answers
+
+    def _of(self, sample: PlanSample, seen: Record) -> Record:  # noqa: ARG002
+        return self.prompt if sample.kind == _GENERATION else self._columns.conversation(self.item(sample))
 
     def specs(self, kind: str) -> dict[str, TensorSpec]:
         """Columns of a kind: of fixed length for the prompt, ragged for conversations."""
@@ -65,25 +71,33 @@ class Texts:
 
         return dict(SPECS)
 
-    def _conversation(self, sample: PlanSample) -> Record:
-        item = self._manifests[sample.source].scene(sample.item)
+    def item(self, sample: PlanSample, name: str = "") -> Item:
+        """The conversation of a sample, or ``name`` of its source. DataError for a scene, which has no turns."""
+        item = self._manifests[sample.source].scene(name or sample.item)
         if not isinstance(item, Item):
             raise DataError(
                 f"sample {sample.id!r} is a scene and has no turns; the kind {sample.kind!r} takes items with "
                 "conversations"
             )
-        return self._columns.conversation(item)
+        return item
 
 
 def open_texts(config: RunConfig, inputs: Inputs, outputs: Outputs, manifests: Mapping[str, Any]) -> Texts | None:
     """The reader of text columns; None where no kind that the run draws has text.
 
-    An image stands for as many tokens as its encoder gives: the grid of the output that becomes ``tokens``.
+    An image stands for as many tokens as its encoder gives: the grid of the output that becomes ``tokens``, or its own
+    where pictures keep their shapes.
     """
     kinds = [inputs[kind] for kind in wanted_kinds(config) if kind in inputs and inputs[kind].text]
     if not kinds:
         return None
     from services.streams.text import TextColumns
+
+    if any(kind.frames for kind in kinds):
+        from services.streams.frames import FrameColumns, FrameTexts
+
+        (appended,) = {kind.appended for kind in kinds}
+        return FrameTexts(FrameColumns(config), manifests, appended=appended)
 
     grids = set()
     for feature in (feature for kind in kinds for feature in kind.features):
@@ -142,6 +156,11 @@ def _feature_specs(config: RunConfig, kind: str, feature: FeatureInput, outputs:
                     f"encoders.{encoder} takes the place of encoders.{feature.encoder} for a share of kind {kind!r}, "
                     f"but gives {name} {other.dtype} {other.shape} instead of {spec.dtype} {spec.shape}"
                 )
+        if feature.flat:
+            specs[column] = TensorSpec(shape=(None, spec.shape[-1]), dtype=spec.dtype)
+            if feature.grids:
+                specs[feature.grids] = TensorSpec(shape=(None, 2), dtype="int64")
+            continue
         specs[column] = TensorSpec(shape=(*views, *spec.shape), dtype=spec.dtype)
     return specs
 

@@ -38,6 +38,10 @@ class FeatureInput:
     record serves all partitions of a set."""
     stacked: bool = True
     """The column has the views as its first axis (after the samples); False for exactly one view without that axis."""
+    flat: bool = False
+    """The column holds the last axis of all views' tensors, one after the other (N, C), whatever grids they have."""
+    grids: str = ""
+    """Of a flat column of grids of tokens: name of a column with their rows and columns, int64 (views, 2)."""
     instead: str = ""
     """Another encoder with the same outputs that takes this one's place for a share of the samples; "" for none."""
     share: float = 0.0
@@ -61,6 +65,10 @@ class KindInputs:
     """(height, width) at which pictures and targets are cut and resized."""
     text: bool = False
     """Token columns of the conversation: input_ids, supervised."""
+    frames: bool = False
+    """The text has a block for each picture, as long as its grid; and segments, several conversations to a sample."""
+    appended: str = ""
+    """With frames: a column whose rows stand at placeholders of their own behind the last picture's."""
 
 
 Inputs = Mapping[str, KindInputs]
@@ -193,6 +201,21 @@ def _spa3r(config: RunConfig, role: str) -> dict[str, KindInputs]:
     return {"view_set": KindInputs(features=tuple(features), targets=targets, size=size)}
 
 
+def _spa3_vlm(config: RunConfig, role: str) -> dict[str, KindInputs]:  # noqa: ARG001
+    """Merged visual tokens of every frame, and what all frames together are made of: latents, or VGGT's features."""
+    geometry, size = config.recipe.spa3_vlm.geometry, _encoder_size(config, "visual")
+    features = [FeatureInput(encoder="visual", columns={"tokens": "visual"}, flat=True, grids="grids")]
+    if geometry == "vggt":
+        _encoder_size(config, "views")
+        features.append(FeatureInput(encoder="views", columns={"tokens": "latents"}, plain=True, flat=True))
+    elif geometry != "none":
+        _encoder_size(config, "spa3r")
+        features.append(FeatureInput(encoder="spa3r", columns={"latents": "latents"}, plain=True))
+    appended = "latents" if geometry == "append" else ""
+    made = KindInputs(features=tuple(features), size=size, text=True, frames=True, appended=appended)
+    return {"conversation": made}
+
+
 #: Recipe -> (config, role) -> inputs by kind.
 INPUTS: dict[str, Callable[[RunConfig, str], dict[str, KindInputs]]] = {
     "probe": _probe,
@@ -203,6 +226,7 @@ INPUTS: dict[str, Callable[[RunConfig, str], dict[str, KindInputs]]] = {
     "uniugg_finetune": _uniugg_joint,
     "uniugg_direct": _uniugg_direct,
     "spa3r_pretrain": _spa3r,
+    "spa3_vlm": _spa3_vlm,
 }
 
 
@@ -247,6 +271,22 @@ def used_encoders(config: RunConfig, role: str | None = None) -> tuple[str, ...]
             for feature in inputs[kind].features if kind in inputs else ():
                 names |= dict.fromkeys(feature.encoders)
     return tuple(names)
+
+
+def needed_encoders(config: RunConfig) -> tuple[str, ...]:
+    """Keys under ``encoders`` that training and judging ask for, and those that they read from; all of them of a recipe
+    that declares nothing.
+    """
+    if config.recipe.name not in INPUTS:
+        return tuple(config.encoders)
+    found: dict[str, None] = {}
+    for role in (*recipe_roles(config), JUDGE):
+        for kind in kind_inputs(config, role).values():
+            for name in (name for feature in kind.features for name in feature.encoders):
+                while name and name not in found and name in config.encoders:
+                    found[name] = None
+                    name = config.encoders[name].upstream
+    return tuple(found)
 
 
 def augmented_kinds(config: RunConfig, inputs: Inputs) -> frozenset[str]:

@@ -20,7 +20,7 @@ import torch
 
 from configs import RunConfig
 from services.contracts import FeatureKey, FeatureRequest, Lookups, MicroBatch, PlanSample, Record
-from services.errors import CacheError, DataError
+from services.errors import CacheError, DataError, PackedError
 from services.streams.collate import Collate, Slot
 from services.streams.inputs import Inputs, augmented_kinds, kind_inputs
 from services.streams.ledger import Ledger
@@ -44,8 +44,8 @@ class Client(Protocol):
 class Texts(Protocol):
     """Reader of text columns; :class:`services.streams.columns.Texts` is one."""
 
-    def get(self, samples: Sequence[PlanSample]) -> list[Record | DataError]:
-        """Token columns of every sample, in order; a DataError for one that cannot be tokenised."""
+    def get(self, samples: Sequence[PlanSample], seen: Sequence[Record] = ()) -> list[Record | DataError]:
+        """Token columns of every sample, of which ``seen`` is known; a DataError for one that cannot be tokenised."""
         ...
 
 
@@ -163,6 +163,8 @@ class Loader:
         self._steps = steps or PlanSteps(plan, rank, world_size, start_step, stop_step)
         self._wanted: dict[tuple[int, str], list[ColumnRequests] | DataError] = {}
         self._lookups = Lookups()
+        self._culprits: dict[str, str] = {}
+        """Broken sample of the step -> the part of it that is, under its own id."""
         self._expected = start_step
         self._stop_step = stop_step
         self._closing = threading.Event()
@@ -265,13 +267,13 @@ class Loader:
 
     def _load(self, planned: PlannedStep, slot: Slot) -> LoadedStep:
         plan = planned.plan
-        self._lookups = Lookups()
+        self._lookups, self._culprits = Lookups(), {}
         broken: dict[str, str] = {}
         micro_batches = [
             self._micro_batch(batch, plan.step, planned.keys, slot, broken) for batch in self._mine(planned)
         ]
         if broken and self._ledger is not None:
-            self._ledger.add(broken, plan.step)
+            self._ledger.add({self._culprits.get(name, name): why for name, why in broken.items()}, plan.step)
         return LoadedStep(
             step=plan.step,
             epoch=plan.epoch,
@@ -332,7 +334,13 @@ class Loader:
             self._add_features(wanted, step, good, broken)
         if self._texts is not None and self._inputs[kind].text:
             readers = [sample for sample in samples if sample.id in good]
-            _add(good, readers, self._texts.get(readers), broken)
+            found = self._texts.get(readers, [good[sample.id] for sample in readers])
+            self._culprits |= {
+                sample.id: answer.culprit
+                for sample, answer in zip(readers, found, strict=True)
+                if isinstance(answer, PackedError)
+            }
+            _add(good, readers, found, broken)
         return [good.get(sample.id) for sample in samples]
 
     def _wanted_of(

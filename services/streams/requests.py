@@ -28,6 +28,8 @@ class ColumnRequests:
 
     def record(self, answers: list[Record]) -> Record:
         """The columns, from the records of the requests."""
+        if self.feature.flat:
+            return self._flat(answers)
         if not self.stacked:
             (record,) = answers
             return {column: record[name] for name, column in self.feature.columns.items() if name in record}
@@ -36,6 +38,18 @@ class ColumnRequests:
             for name, column in self.feature.columns.items()
             if name in answers[0]
         }
+
+    def _flat(self, answers: list[Record]) -> Record:
+        """The last axis of all tensors one after the other, and the grids that they had."""
+        made: Record = {}
+        for name, column in self.feature.columns.items():
+            parts = [record[name] for record in answers]
+            rows = [part.data.reshape(-1, part.data.shape[-1]) for part in parts]
+            made[column] = Tensor(data=np.concatenate(rows), dtype=parts[0].dtype)
+            if self.feature.grids:
+                grids = np.array([part.data.shape[-3:-1] for part in parts], np.int64)
+                made[self.feature.grids] = Tensor(data=grids, dtype="int64")
+        return made
 
 
 def column_requests(

@@ -29,28 +29,32 @@ class TextColumns:
         config: the run; ``data.text`` is read.
         tokens_per_image: placeholders of an image, and of the queries of a view.
         vocab_size: embedding rows of the model, where they are known; ModelError when the tokenizer has more tokens.
+        vision: image blocks of Qwen's vision-language models (see :class:`models.text.Chat`).
     """
 
-    def __init__(self, config: RunConfig, tokens_per_image: int, *, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, tokens_per_image: int, *, vocab_size: int | None = None, vision: bool = False
+    ) -> None:
         text = config.data.text
         self.tokenizer = load_tokenizer(text.tokenizer)
         if vocab_size is not None:
             check_fits(self.tokenizer, vocab_size)
         self.tokens_per_image = tokens_per_image
         self.max_length = text.max_length
-        self._chat = Chat(self.tokenizer, tokens_per_image=tokens_per_image, system=text.system)
+        self._chat = Chat(self.tokenizer, tokens_per_image=tokens_per_image, system=text.system, vision=vision)
         self.end_of_turn = self._chat.end_of_turn
         """Id that ends an answer."""
         self._generation = _record(self._fitting(self._chat.generation(), "the prompt for a generated view"))
 
-    def conversation(self, item: Item) -> Record:
-        """The columns of a conversation for training.
+    def conversation(self, item: Item, images: Sequence[int] | None = None) -> Record:
+        """The columns of a conversation for training; ``images`` are the placeholders of each picture, where they are
+        not ``tokens_per_image``.
 
         DataError names the item: no answer, more image marks than images, or longer than ``data.text.max_length``.
         """
         where = f"item {item.id!r}"
         try:
-            encoded = self._chat.conversation(_pairs(item.turns), len(item.images))
+            encoded = self._chat.conversation(_pairs(item.turns), len(item.images) if images is None else images)
         except ModelError as error:
             raise DataError(f"{where}: {error}") from error
         return _record(self._fitting(encoded, where, len(item.images)))
@@ -59,13 +63,16 @@ class TextColumns:
         """The columns of a sample whose target is a view: the same for all, nothing supervised."""
         return self._generation
 
-    def question(self, turns: Sequence[Turn], n_images: int = 0) -> Record:
-        """The columns of a prompt for inference: they end where the answer begins. DataError as for a conversation."""
+    def question(self, turns: Sequence[Turn], images: int | Sequence[int] = 0) -> Record:
+        """The columns of a prompt for inference: they end where the answer begins. DataError as for a conversation.
+
+        ``images`` is how many there are, or the placeholders of each.
+        """
         try:
-            encoded = self._chat.question(_pairs(turns), n_images)
+            encoded = self._chat.question(_pairs(turns), images)
         except ModelError as error:
             raise DataError(f"the question: {error}") from error
-        return _record(self._fitting(encoded, "the question", n_images))
+        return _record(self._fitting(encoded, "the question", images if isinstance(images, int) else len(images)))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of tokens without special ones."""
@@ -78,7 +85,7 @@ class TextColumns:
     def _fitting(self, encoded: Encoded, where: str, images: int = 1) -> Encoded:
         if len(encoded) > self.max_length:
             raise DataError(
-                f"{where}: {len(encoded)} tokens, of them {images} images of {self.tokens_per_image}; "
+                f"{where}: {len(encoded)} tokens, {images} images among them; "
                 f"data.text.max_length={self.max_length} allows no more: raise it, or give fewer images"
             )
         return encoded

@@ -132,6 +132,9 @@ class CrossAdapter(nn.Module):
 class AppendAdapter(nn.Module):
     """The ablation: latents become tokens of their own behind the visual ones, by the projector alone."""
 
+    appends = True
+    """Latents have placeholders of their own."""
+
     def __init__(self, width: int, latent_width: int) -> None:
         super().__init__()
         self.projector = Mlp(latent_width, width, width)

@@ -230,11 +230,9 @@ class Spa3VLM(nn.Module):
 
 
 def segments_of(batch: Batch) -> Tensor:
-    """``segments`` (B, L); without that column each sample is one prefix up to its length."""
+    """``segments`` (B, L), padding beyond each sample's length; without that column a sample is one prefix."""
     ids = batch["input_ids"]
-    if "segments" in batch:
-        return batch["segments"]
-    segments = torch.zeros_like(ids)
+    segments = batch["segments"] if "segments" in batch else torch.zeros_like(ids)
     if "input_ids_lengths" not in batch:
         return segments
     order = torch.arange(ids.shape[1], device=ids.device)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.spa3r.vlm.adapter import CROSS, RELEASED
+from models.errors import ModelError
+from models.spa3r.vlm.adapter import CROSS, RELEASED, make_adapter
 from models.spa3r.vlm.model import Spa3VLM, supervised_tokens
 from models.spec import Batch, ModelSpec, RoleSpec, StepOutput
 
@@ -127,3 +128,28 @@ def _spec(size: str) -> ModelSpec:
 
 
 SPA3_VLM_TINY, SPA3_VLM_SMALL, SPA3_VLM_3B, SPA3_VLM_7B = (_spec(size) for size in ("tiny", "small", "3b", "7b"))
+
+
+def build_adapter(*, width: int, latent_channels: int, heads: int, adapter: Mapping[str, Any]) -> nn.Module:
+    """The adapter alone, for a language model of ``width`` with so many heads. ModelError for kind none."""
+    found = make_adapter(width, latent_channels, heads, adapter)
+    if found is None:
+        raise ModelError(f"adapter={dict(adapter)} is none at all; there is nothing to build")
+    return found
+
+
+def _adapter_spec(size: str) -> ModelSpec:
+    chosen = SIZES[size]
+    text = chosen["language"]["text_config"]
+    return ModelSpec(
+        name=f"spa3-vlm-adapter-{size}",
+        build=build_adapter,
+        defaults={
+            "width": text["hidden_size"], "latent_channels": chosen["latent_channels"],
+            "heads": text["num_attention_heads"], "adapter": {"kind": CROSS, "heads": 0, **RELEASED},
+        },
+        doc="What joins visual tokens and spatial latents, alone.",
+    )  # fmt: skip
+
+
+ADAPTER_TINY, ADAPTER_SMALL, ADAPTER_3B, ADAPTER_7B = (_adapter_spec(size) for size in ("tiny", "small", "3b", "7b"))
