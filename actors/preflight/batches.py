@@ -38,6 +38,12 @@ class Lengths:
     """Views of a view set."""
     set_contexts: int = 1
     """Those of them that are context."""
+    frame: tuple[int, int] = (0, 0)
+    """Rows and columns of the merged tokens of a picture, where it is a block by its own grid."""
+    set_tokens: int = 0
+    """Tokens of the geometry of all pictures of a conversation, where their number is open."""
+    packed: int = 1
+    """Conversations of one sample."""
 
 
 def fake_batch(
@@ -52,9 +58,9 @@ def fake_batch(
         "draw": torch.arange(samples),
     }
     for name, spec in columns.items():
-        if name in ("input_ids", "supervised"):
+        if name in ("input_ids", "supervised", "segments"):
             continue
-        views = lengths.views
+        views = _rows(name, lengths) if "grids" in columns else lengths.views
         if kind == "view_set":
             views = lengths.set_contexts if name == "context_tokens" else lengths.set_views
         shape = (samples, *(views if axis is None else axis for axis in spec.shape))
@@ -66,6 +72,8 @@ def fake_batch(
             batch[name] = _plausible(name, shape, dtype)
         if None in spec.shape:
             batch[f"{name}_lengths"] = torch.full((samples, 1), views)
+        if name == "grids":
+            batch[name] = torch.tensor(lengths.frame).expand(shape).contiguous()
     if "roles" in columns:
         batch["roles"][:, lengths.set_contexts :] = True
     if "input_ids" in columns:
@@ -88,6 +96,8 @@ def _text(
     kind: str, batch: Mapping[str, Any], samples: int, lengths: Lengths, module: nn.Module
 ) -> dict[str, torch.Tensor]:
     """Token ids with as many placeholders as the columns have patch tokens, and which are supervised."""
+    if "grids" in batch:
+        return _packed(batch, samples, lengths, module)
     tokens = batch["tokens"].shape[1:-1]
     patches, rays = math.prod(tokens), 0
     length = lengths.tokens
@@ -103,3 +113,27 @@ def _text(
     if kind != "generation":
         supervised[:, length - max(1, int(ANSWERED * (length - patches))) :] = True
     return {"input_ids": ids, "supervised": supervised}
+
+
+def _rows(name: str, lengths: Lengths) -> int:
+    """Length of a ragged column of a conversation whose pictures have grids of their own."""
+    return {"grids": lengths.views, "visual": lengths.views * math.prod(lengths.frame)}.get(name, lengths.set_tokens)
+
+
+def _packed(batch: Mapping[str, Any], samples: int, lengths: Lengths, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Token ids of conversations behind one prefix of pictures, as long together as one conversation may be."""
+    marks: Any = module
+    pictures = batch["visual"].shape[1]
+    if getattr(marks.adapter, "appends", False):
+        pictures += batch["latents"].shape[1]
+    text = max(lengths.tokens - pictures, 2 * lengths.packed)
+    ids = torch.zeros((samples, pictures + text), dtype=torch.int64)
+    ids[:, :pictures] = marks.image_token_id
+    segments = torch.zeros_like(ids)
+    segments[:, pictures:] = 1 + torch.arange(text) * lengths.packed // text
+    if lengths.packed == 1:
+        segments.zero_()
+    supervised = torch.zeros(ids.shape, dtype=torch.bool)
+    for part in torch.arange(pictures, pictures + text).tensor_split(lengths.packed):
+        supervised[:, part[-max(1, int(ANSWERED * len(part))) :]] = True
+    return {"input_ids": ids, "supervised": supervised, "segments": segments}

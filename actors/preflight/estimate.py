@@ -227,12 +227,26 @@ def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Seque
     room = (config.data.text.max_length - LEAST_TEXT) // max(grids, default=1)
     sets = config.recipe.view_set
     most = sets.views[-1]
+    pictures, frame, geometry = max(1, min(most_pictures(data), room)), (0, 0), 0
+    if config.recipe.name == "spa3_vlm":
+        frame, geometry = _grid(encoders["visual"]), math.prod(_grid(encoders["views"])) if "views" in encoders else 0
+        room = (config.data.text.max_length - LEAST_TEXT) // math.prod(frame)
+        pictures = max(1, min(most_pictures(data), room))
     return Lengths(
-        views=max(1, min(most_pictures(data), room)),
+        views=pictures,
         tokens=config.data.text.max_length,
         set_views=most,
         set_contexts=max(1, int(most * (1 - sets.target_ratio) + 1e-9)),
+        frame=frame,
+        set_tokens=pictures * geometry,
+        packed=config.recipe.spa3_vlm.questions_per_sample,
     )
+
+
+def _grid(encoder: EncoderCost) -> tuple[int, int]:
+    """Rows and columns of an encoder's tokens."""
+    rows, columns = (int(axis or 1) for axis in encoder.outputs["tokens"].shape[-3:-1])
+    return rows, columns
 
 
 def _notes(

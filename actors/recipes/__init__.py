@@ -21,6 +21,7 @@ RECIPES: Mapping[str, str] = {
     "uniugg_finetune": "actors.recipes.uniugg_unified:UnifiedRecipe",
     "uniugg_direct": "actors.recipes.uniugg_unified:UnifiedRecipe",
     "spa3r_pretrain": "actors.recipes.spa3r:Spa3rRecipe",
+    "spa3_vlm": "actors.recipes.spa3_vlm:VlmRecipe",
 }
 
 
