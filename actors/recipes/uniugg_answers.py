@@ -8,6 +8,7 @@ training split and see no picture (:mod:`services.data.questions.guesses`).
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from actors.recipes.base import row
+from actors.recipes.benchmarks import Answered, harness_task, is_benchmark, protocol_of, write_harness
 from actors.recipes.pictures import Album
 from actors.recipes.samples import load_samples, spread
 from configs import RunConfig
 from models.metrics.benchmarks import BENCHMARKS, Scorer, scorer
+from models.metrics.harness import Task
 from models.metrics.vsibench import QUESTION_TYPES
 from models.uniugg.answers import generate_text
 from models.uniugg.llm import CONVERSATION, UniuggLLM
@@ -56,6 +59,12 @@ class Asked:
         """The turns up to where the answer begins."""
         last = max(place for place, turn in enumerate(self.item.turns) if turn.role == "user")
         return self.item.turns[: last + 1]
+
+    def answered(self, prediction: str) -> Answered:
+        """The question with what was answered."""
+        text = "\n".join(turn.text for turn in self.prompt if turn.role != "assistant")
+        pictures = len(self.item.images)
+        return Answered(question=self.question, prompt=text, pictures=pictures, prediction=prediction)
 
     @property
     def sample(self) -> PlanSample:
@@ -102,12 +111,16 @@ def judge_answers(
     Args:
         models: name -> language role; the first is judged, the others stand beside it.
         judge: the feed of the judge.
-        album: gets a table of questions with their answers, and one of scores by type.
+        album: gets a table of questions with their answers, and one of scores by type. Answers to published
+            benchmarks are also written below its folder as lmms-eval writes them, and scored by each definition that
+            is in use.
         split: whose questions are asked.
         device: of the models.
     """
     metrics: dict[str, dict[str, Any]] = {}
     learnt = {source: [one.question for one in asked] for source, asked in questions_of(judge, Split.TRAIN).items()}
+    tasks: list[Task] = []
+    began = time.monotonic()
     judged = questions_of(judge, split)
     benchmarks = {name: benchmark_of(judge.config, name, [a.question for a in asked]) for name, asked in judged.items()}
     for source, all_asked in judged.items():
@@ -129,9 +142,33 @@ def judge_answers(
         label = guessed[0] if list(benchmarks.values()).count(benchmark) == 1 else f"{guessed[0]} ({source})"
         also = dict(zip(list(models)[1:], values[1:], strict=True))
         bar = UNTAUGHT if set(blind.untrained) == set(blind.best) else BLIND
-        metrics[f"answers/{label}"] = row(values[0], guessed[1], bar, "higher", **also)
+        replies = [one.answered(next(iter(answers.values()))[one.question.id]) for one in asked]
+        told = protocol_of(judge.config, source, benchmark, replies, possible=len(all_asked))
+        metrics[f"answers/{label}"] = row(values[0], guessed[1], bar, "higher", **also) | {"protocol": told}
         _tables(album, source, asked, answers, scores, blind)
+        if is_benchmark(judge.config, source):
+            found = next(iter(scores.values()))
+            tasks.append(harness_task(benchmark, found, replies, told, possible=len(all_asked)))
+            for variant in BENCHMARKS[benchmark].variants:
+                metrics[f"answers/{label} as {variant}"] = _variant(variant, asked, answers, learnt.get(source, [])) | {
+                    "protocol": told | {"benchmark": variant, "parser": BENCHMARKS[variant].parser}
+                }
+    if tasks:
+        write_harness(album.folder, judge.config, tasks, seconds=time.monotonic() - began)
     return metrics
+
+
+def _variant(
+    benchmark: str, asked: Sequence[Asked], answers: Mapping[str, Mapping[str, str]], learnt: Sequence[Question]
+) -> dict[str, Any]:
+    """The same answers by another definition of their benchmark's score, beside the same bar by that definition."""
+    values = {name: _headline(benchmark, score(asked, given, benchmark)) for name, given in answers.items()}
+    blind = blind_baseline(learnt, [one.question for one in asked], benchmark)
+    best = {kind: blind.scores[kind][way] for kind, way in blind.best.items()}
+    first, *others = values
+    also = {name: values[name] for name in others}
+    bar = UNTAUGHT if set(blind.untrained) == set(blind.best) else BLIND
+    return row(values[first], headline(benchmark, blind.numbers, best)[1], bar, "higher", **also)
 
 
 def headline(benchmark: str, numbers: Mapping[str, float], by_type: Mapping[str, float]) -> tuple[str, float]:
