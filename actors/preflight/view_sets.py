@@ -84,7 +84,8 @@ def drawn(config: RunConfig, data: Sequence[DataSize]) -> Drawn | None:
     except DataError:
         return None  # said by the check of the kinds, and by the run
     some = {name: _some(found, config) for name, found in scenes.items()}
-    share = sum(map(len, some.values())) / sum(map(len, scenes.values()))
+    trained = sum(scene.split is Split.TRAIN for found in scenes.values() for scene in found)
+    share = sum(map(len, some.values())) / trained
     plan = EpochPlan(config, {name: _Scenes(found) for name, found in some.items()})
     rates, encodings = _count(config, plan)
     return Drawn(
