@@ -23,6 +23,12 @@ EXTRA = {  # what an option cannot do without
     # Parts of UniUGG stand beside each other under `encoders`, for recipes that look for them by name.
     **{f"encoder/uniugg-vit-{size}": ["recipe=uniugg_vae"] for size in ("tiny", "small", "paper")},
     **{f"encoder/uniugg-frozen-{size}": ["recipe=uniugg_joint"] for size in ("tiny", "small", "paper")},
+    # So do those of Spa3R and of the language model behind it.
+    **{f"encoder/vggt-{size}": ["recipe=spa3r_pretrain"] for size in ("tiny", "small", "1b")},
+    **{f"encoder/semantic-{size}": ["recipe=spa3r_pretrain"] for size in ("tiny", "small", "large", "clip")},
+    **{f"encoder/spa3r-{size}": ["recipe=spa3_vlm"] for size in ("tiny", "small", "paper")},
+    **{f"encoder/qwen-vision-{size}": ["recipe=spa3_vlm"] for size in ("tiny", "small", "3b", "7b")},
+    "variant_of/spa3r_pretrain/released": ["recipe=spa3r_pretrain"],
 }
 
 
@@ -63,6 +69,7 @@ def test_a_recipe_starts_from_what_the_one_before_it_leaves(size: str) -> None:
         "uniugg_vae": {"vae", "spatial_decoder"},
         "uniugg_align": {"llm"},
         "uniugg_joint": {"llm", "diffusion"},
+        "spa3r_pretrain": {"spa3r"},
     }
     left = {f"{root}/runs/{run}-{size}/weights/{part}" for run, names in parts.items() for part in names}
     for recipe in validate.RECIPES[1:]:
@@ -70,7 +77,7 @@ def test_a_recipe_starts_from_what_the_one_before_it_leaves(size: str) -> None:
         named = [*config.model.init.values(), *(encoder.weights for encoder in config.encoders.values())]
         asked = {weights for weights in named if weights.startswith(root)}
         assert asked <= left
-        assert asked or recipe == "uniugg_encoder"
+        assert asked or recipe in ("uniugg_encoder", "spa3r_pretrain")
 
 
 def test_data_that_a_recipe_chooses_can_be_chosen_again() -> None:
@@ -191,3 +198,18 @@ def test_an_integer_is_taken_for_a_float_key() -> None:
 def test_loading_is_repeatable_inside_a_hydra_application() -> None:
     # The compose context is entered and left, so nothing global is left behind.
     assert configs.load() == configs.load()
+
+
+def test_a_variant_says_more_of_some_recipes() -> None:
+    rates = {
+        (recipe, variant): configs.load([f"recipe={recipe}", "size=paper", f"variant={variant}"]).trainer.lr
+        for recipe in ("spa3r_pretrain", "spa3_vlm")
+        for variant in ("paper", "released")
+    }
+    assert rates == {
+        ("spa3r_pretrain", "paper"): 1e-3, ("spa3r_pretrain", "released"): 2e-3,
+        ("spa3_vlm", "paper"): 1e-5, ("spa3_vlm", "released"): 1e-5,
+    }  # fmt: skip
+    released = configs.load(["recipe=spa3_vlm", "variant=released"]).recipe.spa3_vlm.adapter
+    assert (released.projector, released.qk_norm, released.norm, released.gate) == (True, True, True, True)
+    assert not configs.load(["recipe=spa3_vlm"]).recipe.spa3_vlm.adapter.gate
