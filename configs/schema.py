@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.schema_recipes import RecipeConfig as RecipeConfig
 from configs.schema_recipes import Spa3rConfig as Spa3rConfig
+from configs.schema_recipes import Spa3VlmConfig as Spa3VlmConfig
 from configs.schema_recipes import UniuggConfig as UniuggConfig
 from configs.schema_recipes import ViewSetConfig as ViewSetConfig
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from services.contracts import ImageRef, Item, PlanSample, Question, Role, Split
 from services.data.questions.guesses import BlindBaseline, blind_baseline
 from services.errors import DataError
 from services.streams.sampling import sample_id
-from services.streams.text import SPECS, TextColumns
+from services.streams.text import TextColumns
 from services.telemetry import events
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def benchmark_of(config: RunConfig, source: str, questions: Sequence[Question]) 
 
 
 def judge_answers(
-    models: Mapping[str, nn.Module], judge: Feed, album: Album, *, split: Split, device: str
+    models: Mapping[str, nn.Module], judge: Feed, album: Album, *, split: Split, device: str, reader: Reader
 ) -> dict[str, dict[str, Any]]:
     """Answer at most ``evaluate.samples`` questions of each source; metrics by ``answers/<score>``.
 
@@ -116,20 +116,20 @@ def judge_answers(
             is in use.
         split: whose questions are asked.
         device: of the models.
+        reader: how these models are asked.
     """
     metrics: dict[str, dict[str, Any]] = {}
-    learnt = {source: [one.question for one in asked] for source, asked in questions_of(judge, Split.TRAIN).items()}
     tasks: list[Task] = []
     began = time.monotonic()
+    learnt = {source: [one.question for one in asked] for source, asked in questions_of(judge, Split.TRAIN).items()}
     judged = questions_of(judge, split)
     benchmarks = {name: benchmark_of(judge.config, name, [a.question for a in asked]) for name, asked in judged.items()}
     for source, all_asked in judged.items():
         asked, benchmark = spread(all_asked, judge.config.evaluate.samples), benchmarks[source]
         answers: dict[str, dict[str, str]] = {}
         for name, module in models.items():
-            assert isinstance(module, UniuggLLM), "the recipe makes this model"
             with events.span("answers", source=source, model=name):
-                answers[name] = answer(module, asked, judge, split=split, device=device)
+                answers[name] = answer(module, asked, judge, reader, split=split, device=device)
         asked = [one for one in asked if one.question.id in next(iter(answers.values()))]
         if not asked:
             continue
@@ -210,23 +210,60 @@ def score(asked: Sequence[Asked], answers: Mapping[str, str], benchmark: str) ->
     return found
 
 
-def answer(llm: UniuggLLM, asked: Sequence[Asked], judge: Feed, *, split: Split, device: str) -> dict[str, str]:
+class Reader(Protocol):
+    """How a kind of language model is asked about pictures."""
+
+    texts: TextColumns
+
+    def prompt(self, one: Asked, batch: Mapping[str, Any]) -> list[int]:
+        """Token ids up to where the answer begins; ``batch`` holds the pictures. DataError when they are too many."""
+        ...
+
+    def generate(
+        self, module: nn.Module, prompts: Sequence[Sequence[int]], batch: Mapping[str, Any], device: str
+    ) -> list[list[int]]:
+        """Token ids of the answers to prompts about the pictures of the only sample of a batch."""
+        ...
+
+
+class TokenReader:
+    """How UniUGG's language model is asked: every picture is a block of the ViT's tokens."""
+
+    def __init__(self, judge: Feed) -> None:
+        _, rows, columns, _ = (int(axis or 0) for axis in judge.client.outputs("vit")["tokens"].shape)
+        self._config, self.texts = judge.config, TextColumns(judge.config, rows * columns)
+
+    def prompt(self, one: Asked, batch: Mapping[str, Any]) -> list[int]:  # noqa: ARG002
+        """Token ids up to where the answer begins. DataError when they are too many."""
+        ids: list[int] = self.texts.question(one.prompt, len(one.item.images))["input_ids"].data.tolist()
+        return ids
+
+    def generate(
+        self, module: nn.Module, prompts: Sequence[Sequence[int]], batch: Mapping[str, Any], device: str
+    ) -> list[list[int]]:
+        """Token ids of the answers to prompts about the pictures of the only sample of a batch."""
+        assert isinstance(module, UniuggLLM), "the recipe makes this model"
+        views = int(batch["tokens_lengths"][0, 0])
+        tokens: Tensor | None = batch["tokens"][0, :views, 0].to(device, torch.float32) if views else None
+        return generate_text(
+            module,
+            prompts,
+            tokens,
+            max_new_tokens=self._config.generate.max_new_tokens,
+            stop=(self.texts.end_of_turn,),
+            batch_size=self._config.generate.batch_size,
+        )
+
+
+def answer(
+    module: nn.Module, asked: Sequence[Asked], judge: Feed, reader: Reader, *, split: Split, device: str
+) -> dict[str, str]:
     """Id of each question -> the answer in words. One that is too long, or whose pictures are broken, is not there.
 
     Questions about the same pictures are asked together: the model reads the pictures once.
     """
-    config = judge.config
-    _, rows, columns, _ = (int(axis or 0) for axis in judge.client.outputs("vit")["tokens"].shape)
-    texts = TextColumns(config, rows * columns)
-    prompts: dict[str, list[int]] = {}
     groups: dict[tuple[ImageRef, ...], list[Asked]] = defaultdict(list)
     for one in asked:
-        try:
-            record = texts.question(one.prompt, len(one.item.images))
-        except DataError as error:
-            _log.warning("question %s of %s is not asked: %s", one.question.id, one.source, error)
-            continue
-        prompts[one.question.id] = record["input_ids"].data.tolist()
         groups[one.item.images].append(one)
     first = {group[0].sample.id: group for group in groups.values()}
     answers: dict[str, str] = {}
@@ -238,35 +275,34 @@ def answer(llm: UniuggLLM, asked: Sequence[Asked], judge: Feed, *, split: Split,
                 "%d questions of %s are not asked: pictures of %s are broken", len(group), sample.source, sample.item
             )
             continue
-        given = generate_text(
-            llm,
-            [prompts[one.question.id] for one in group],
-            _tokens(batch, len(sample.views), device),
-            max_new_tokens=config.generate.max_new_tokens,
-            stop=(texts.end_of_turn,),
-            batch_size=config.generate.batch_size,
-        )
-        answers |= {one.question.id: texts.decode(ids) for one, ids in zip(group, given, strict=True)}
+        prompts = _prompts(group, reader, batch)
+        given = reader.generate(module, list(prompts.values()), batch, device) if prompts else []
+        answers |= {name: reader.texts.decode(ids) for name, ids in zip(prompts, given, strict=True)}
     return answers
+
+
+def _prompts(group: Sequence[Asked], reader: Reader, batch: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Id of each question -> its prompt, without those that are too long."""
+    prompts: dict[str, list[int]] = {}
+    for one in group:
+        try:
+            prompts[one.question.id] = reader.prompt(one, batch)
+        except DataError as error:
+            _log.warning("question %s of %s is not asked: %s", one.question.id, one.source, error)
+    return prompts
 
 
 def _without_text(judge: Feed) -> Feed:
     """The same feed for pictures alone: one shows the pictures of many questions, whatever its own words are."""
-    columns = {name: found for name, found in judge.columns[CONVERSATION].items() if name not in SPECS}
+    assert judge.texts is not None, "questions are text"
+    words = judge.texts.specs(CONVERSATION)
+    columns = {name: found for name, found in judge.columns[CONVERSATION].items() if name not in words}
     made = replace(judge.inputs[CONVERSATION], text=False)
     return replace(
         judge,
         inputs={**judge.inputs, CONVERSATION: made},
         columns={**judge.columns, CONVERSATION: columns},
     )
-
-
-def _tokens(batch: Mapping[str, Any], views: int, device: str) -> Tensor | None:
-    """Patch tokens (V, h, w, C) of the only sample of a batch; None for a text alone."""
-    if not views:
-        return None
-    tokens: Tensor = batch["tokens"][0, :views, 0]
-    return tokens.to(device, torch.float32)
 
 
 def _tables(

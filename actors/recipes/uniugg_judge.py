@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from actors.recipes.base import Built, LossTally, Recipe, row, to_kept
 from actors.recipes.pictures import Album
 from actors.recipes.samples import load_samples, planned
-from actors.recipes.uniugg_answers import judge_answers
+from actors.recipes.uniugg_answers import TokenReader, judge_answers
 from actors.recipes.uniugg_views import TRAINED, ViewJudge
+from actors.trainers.tensors import fill
 from configs import ConfigError
 from models.errors import WeightsError
 from models.uniugg.llm import CONVERSATION, GENERATION, UniuggLLM, predicted
@@ -48,7 +50,7 @@ def evaluate(
 
     Roles before this run's training are judged on the same samples with the same draws.
     """
-    roles = {TRAINED: dict(trained), BEFORE: _before(recipe, trained, device)}
+    roles = {TRAINED: dict(trained), BEFORE: before_training(recipe, trained, device)}
     losses = {name: Losses(recipe, found) for name, found in roles.items()}
     album, samples = Album(folder), 0
     metrics: dict[str, dict[str, Any]] = {}
@@ -60,16 +62,19 @@ def evaluate(
         if CONVERSATION in judge.inputs:
             with events.span("conversations", split=split.value):
                 models = {name: found[LLM].module for name, found in roles.items()}
-                seen, accuracy = _conversations(losses, models, judge, split, device)
+                scale = judge.config.recipe.uniugg.translation_scale
+                guessed = functools.partial(_guessed, translation_scale=scale)
+                seen, accuracy = conversations(losses, models, judge, split, device, guessed=guessed)
                 samples, metrics = samples + seen, metrics | accuracy
-                metrics |= judge_answers(models, judge, album, split=split, device=device)
+                reader = TokenReader(judge)
+                metrics |= judge_answers(models, judge, album, split=split, device=device, reader=reader)
     if not samples:
         raise DataError(
             f"the {split.value} split has no sample that can be read; look at `loom3d data pairs` and "
             "`loom3d data check`"
         )
     album.save()
-    return {"samples": samples, "metrics": {**_loss_rows(losses), **metrics}}
+    return {"samples": samples, "metrics": {**loss_rows(losses), **metrics}}
 
 
 class Losses:
@@ -94,25 +99,35 @@ class Losses:
         return found
 
 
-def _before(recipe: Recipe, trained: Mapping[str, Built], device: str) -> dict[str, Built]:
+def before_training(recipe: Recipe, trained: Mapping[str, Built], device: str) -> dict[str, Built]:
+    """The roles as the run began with them."""
     found = {}
     for role, built in trained.items():
         before = recipe.rebuild(role, built.settings)
+        fill(before.module, before.weights or {})
         found[role] = replace(before, module=before.module.eval().to(device))
     return found
 
 
-def _loss_rows(losses: Mapping[str, Losses]) -> dict[str, dict[str, Any]]:
+def loss_rows(losses: Mapping[str, Losses]) -> dict[str, dict[str, Any]]:
+    """Each term beside what it was before training, as rows of an evaluation."""
     values, before = losses[TRAINED].compute(), losses[BEFORE].compute()
     return {TERMS[term]: row(value, before[term], BEFORE, "lower") for term, value in values.items()}
 
 
-def _conversations(
-    losses: Mapping[str, Losses], models: Mapping[str, nn.Module], judge: Feed, split: Split, device: str
+def conversations(
+    losses: Mapping[str, Losses],
+    models: Mapping[str, nn.Module],
+    judge: Feed,
+    split: Split,
+    device: str,
+    *,
+    guessed: Callable[[nn.Module, Mapping[str, Any]], tuple[int, int]],
 ) -> tuple[int, dict[str, dict[str, Any]]]:
     """What is answered in the split, questions and captions alike, token by token with the true tokens before it.
 
-    Adds the cross-entropy to ``losses``; returns the conversations, and the share of tokens that are guessed first.
+    Adds the cross-entropy to ``losses``; returns the samples, and the share of tokens that are guessed first, which
+    ``guessed`` counts, among how many.
     """
     limit, size, seen = judge.config.evaluate.samples, judge.config.trainer.micro_batch, 0
     chosen = planned(judge, split, CONVERSATION, limit)
@@ -124,10 +139,11 @@ def _conversations(
             continue
         for tally in losses.values():
             tally.update(kept)
-        asked = predicted(kept)
-        tokens += int(asked.sum())
+        asked = 0
         for name, module in models.items():
-            right[name] += _guessed(module, kept, asked, judge.config.recipe.uniugg.translation_scale)
+            found, asked = guessed(module, kept)
+            right[name] += found
+        tokens += asked
     if not tokens:
         return seen, {}
     share = {name: count / tokens for name, count in right.items()}
@@ -135,12 +151,13 @@ def _conversations(
 
 
 @torch.no_grad()
-def _guessed(module: nn.Module, batch: Mapping[str, Any], asked: Tensor, translation_scale: str) -> int:
-    """How many of the tokens that ``asked`` (B, L - 1) marks are the likeliest after what stands before them."""
+def _guessed(module: nn.Module, batch: Mapping[str, Any], translation_scale: str) -> tuple[int, int]:
+    """(how many supervised tokens are the likeliest after what stands before them, how many there are)."""
     assert isinstance(module, UniuggLLM), "the llm role is a UniUGG LLM"
+    asked = predicted(batch)
     hidden = module.hidden(module.embed(batch, translation_scale), batch["input_ids"])
     likeliest = module.logits(hidden[:, :-1][asked]).argmax(-1)
-    return int((likeliest == batch["input_ids"][:, 1:][asked]).sum())
+    return int((likeliest == batch["input_ids"][:, 1:][asked]).sum()), int(asked.sum())
 
 
 def _generation(

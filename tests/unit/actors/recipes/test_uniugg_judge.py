@@ -17,7 +17,16 @@ import configs
 from actors.recipes import Built, open_recipe, uniugg_answers
 from actors.recipes.pictures import Album
 from actors.recipes.samples import load_samples, planned, spread
-from actors.recipes.uniugg_answers import ASKED, BLIND, UNTAUGHT, benchmark_of, headline, judge_answers, questions_of
+from actors.recipes.uniugg_answers import (
+    ASKED,
+    BLIND,
+    UNTAUGHT,
+    TokenReader,
+    benchmark_of,
+    headline,
+    judge_answers,
+    questions_of,
+)
 from actors.recipes.uniugg_judge import BEFORE, Losses, evaluate
 from actors.recipes.uniugg_views import COPY, OWN, PLANE, TRAINED, TrainingViews, ViewJudge, thinned
 from actors.trainers.feed import Feed
@@ -262,7 +271,8 @@ def test_every_answer_reaches_its_question(feed: Feed, tmp_path: Path, monkeypat
 
         monkeypatch.setattr(uniugg_answers, "generate_text", by_heart)
         llm = built(feed)["llm"].module
-        metrics = judge_answers({TRAINED: llm}, judge, Album(tmp_path), split=Split.TEST, device="cpu")
+        reader = TokenReader(judge)
+        metrics = judge_answers({TRAINED: llm}, judge, Album(tmp_path), split=Split.TEST, device="cpu", reader=reader)
     ((name, found),) = metrics.items()
     sure = all(len(true) == 1 for true in answers.values())
     assert name.startswith("answers/vsibench")
@@ -288,7 +298,8 @@ def test_a_question_that_is_too_long_is_not_asked(
         monkeypatch.setattr(
             uniugg_answers, "generate_text", lambda llm, questions, tokens, **_: [[65] for _ in questions]
         )
-        found = uniugg_answers.answer(built(feed)["llm"].module, asked, judge, split=Split.TEST, device="cpu")
+        llm, reader = built(feed)["llm"].module, TokenReader(judge)
+        found = uniugg_answers.answer(llm, asked, judge, reader, split=Split.TEST, device="cpu")
     assert set(found) == {name for name, length in lengths.items() if length <= limit}
     assert 0 < len(found) < len(asked)
     assert "is not asked" in caplog.text
@@ -301,7 +312,10 @@ def test_without_questions_in_training_the_bar_says_so(feed: Feed, tmp_path: Pat
     monkeypatch.setattr(uniugg_answers, "generate_text", lambda llm, questions, tokens, **_: [[65] for _ in questions])
     with closing(feed.for_role(JUDGE)) as judge:
         llm = built(feed)["llm"].module
-        ((_, found),) = judge_answers({TRAINED: llm}, judge, Album(tmp_path), split=Split.TEST, device="cpu").items()
+        album, reader = Album(tmp_path), TokenReader(judge)
+        ((_, found),) = judge_answers(
+            {TRAINED: llm}, judge, album, split=Split.TEST, device="cpu", reader=reader
+        ).items()
     assert found["baseline_name"] == UNTAUGHT
 
 
