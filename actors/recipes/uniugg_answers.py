@@ -213,7 +213,10 @@ def score(asked: Sequence[Asked], answers: Mapping[str, str], benchmark: str) ->
 class Reader(Protocol):
     """How a kind of language model is asked about pictures."""
 
-    texts: TextColumns
+    @property
+    def texts(self) -> TextColumns:
+        """Tokens to words, and the token that ends an answer."""
+        ...
 
     def prompt(self, one: Asked, batch: Mapping[str, Any]) -> list[int]:
         """Token ids up to where the answer begins; ``batch`` holds the pictures. DataError when they are too many."""
