@@ -34,6 +34,10 @@ THREADS = "LOOM3D_THREADS"
 _PLACEMENT_CLEANER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
 """Logger that repeats every second, where there is no dashboard, that it cannot see the controller's state."""
 
+_NOT_OURS = "worker processes have been started on node"
+"""What raylet says of every group of roles; it reaches the driver as an error of the cluster, not by the workers' logs,
+and only Ray's filter of repeated lines, which reads its variable when ray is imported, keeps it off the terminal."""
+
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -73,6 +77,7 @@ def local_environment(folder: Path, environment: dict[str, str]) -> dict[str, st
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": _NOT_OURS,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
     if "RAY_AUTH_MODE" not in environment:

@@ -29,6 +29,15 @@ def test_what_the_user_chose_stays():
     assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR"} & wanted.keys()
 
 
+def test_what_raylet_says_of_its_workers_stays_off_the_terminal() -> None:
+    from ray._private.ray_logging import LogDeduplicator
+
+    skipped = cluster.local_environment(Path("/tmp/lrx"), {})["RAY_DEDUP_LOGS_SKIP_REGEX"]
+    noise = "WARNING: 8 PYTHON worker processes have been started on node: 85336f with address: 127.0.0.1, which is 4x"
+    lines = LogDeduplicator(5, None, skipped).deduplicate({"pid": "raylet", "lines": [noise, "A worker died"]})
+    assert [line for batch in lines for line in batch["lines"]] == ["A worker died"]
+
+
 def test_every_role_finds_its_resource():
     config = RunConfig(
         cluster=ClusterConfig(
