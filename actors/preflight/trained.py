@@ -124,7 +124,8 @@ def _of_view_sets(name: str, config: RunConfig) -> PartCost:
     encoder: Any = build_encoder(name, dataclasses.replace(config, encoders=chain))
     views = ragged_length(name, config)
     targets: tuple[int, ...] = ()
-    if config.encoders[name].family == "vggt" and config.recipe.spa3r.targets == "joint":
+    divided = config.recipe.quotas.get("view_set", 0) > 0 and config.recipe.spa3r.targets == "joint"
+    if config.encoders[name].family == "vggt" and divided:
         targets = (views - int(views * (1 - config.recipe.view_set.target_ratio) + 1e-9),)
     return PartCost(
         parameters=encoder.parameter_count(), flops=encoder.flops(views, *targets), outputs=dict(encoder.outputs())
