@@ -53,13 +53,12 @@ def write_talks(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{name}.png")
 
-    def record(name: str, images: list[str], split: str, question: str, answer: str, **more: Any) -> dict[str, Any]:
+    def record(name: str, images: list[str], split: str, question: str, answer: str) -> dict[str, Any]:
         said = [{"from": "human", "value": question}] + ([{"from": "gpt", "value": answer}] if answer else [])
-        found = {"id": name, "conversations": said, "split": split, **more}
+        found = {"id": name, "conversations": said, "split": split}
         return found | ({"images": images} if images else {})
 
-    ask = "How many chairs are there?"
-    pair = ["a.png", "b.png"]
+    ask, pair = "How many chairs are there?", ["a.png", "b.png"]
     records = [
         record(f"q{n}", pair, "train", f"<image><image>Question {n}: " + "x" * n, "y" * (n + 1)) for n in range(5)
     ]
@@ -67,7 +66,7 @@ def write_talks(folder: Path) -> Path:
     records += [record("text", [], "train", "What is red?", "A colour.")]
     records += [record("mute", pair, "val", "<image><image>And?", ""), record("told", pair, "val", "And?", "So.")]
     scored = {"question_type": "object_counting", "question": ask, "answer": "4"}
-    records += [record(f"s{n}", pair, "test", f"<image><image>{ask}" + " " * n, "4", **scored) for n in range(2)]
+    records += [record(f"s{n}", pair, "test", f"<image><image>{ask}" + "!" * n, "4") | scored for n in range(2)]
     path = folder / "talks.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
     return path
