@@ -24,9 +24,11 @@ and what comes and goes, of which the largest counts:
                 are kept: as the head gives them, in float32, normalised. So are the casts of weights that autocast
                 makes, whole also where weights are cut; with checkpointing those of one block at a time
     working     twice the largest of the activations (often the logits): the gradients that enter and leave an
-                operation of its size; with checkpointing, what a block keeps while it is computed again
+                operation of its size; with checkpointing, that of the largest outside of blocks (the logits), or what
+                a block keeps while it is computed again with the gradients within it: they are not there together
     gathered    weights that are whole for a while: fsdp2, the outer unit (all that lies in no block) and two blocks,
-                or everything without resharding; zero3, up to a thousand million parameters and the largest one
+                or everything without resharding; zero3, up to a thousand million parameters and the largest one (frozen
+                embeddings left out)
     batch       the collated tensors of one micro-batch
 
 With ``backend.offload`` master, moments and gradients (``optimizer``), and the part of the weights (``parameters``) are
@@ -141,7 +143,6 @@ def step_and_outputs(
         total.backward()
         flops = int(counter.get_total_flops()) + tape.recomputed
     count = sum(p.numel() for p in trainable)
-    working = 2 * max(tape.saved, default=0) + tape.largest_block
     cost = StepCost(
         trainable=count,
         frozen=sum(p.numel() for p in parameters) - count,
@@ -151,7 +152,7 @@ def step_and_outputs(
         optimiser=sum(_bytes(p) for p in trainable) * (3 if ema else 2),
         activations=tape.activations,
         batch=sum(_bytes(t) for t in (*_tensors(batch), *received.values())),
-        working=working,
+        working=tape.working,
     )
     return cost, output.outputs
 
@@ -166,6 +167,8 @@ class _Tape:
     recomputed: int = 0
     """Operations of blocks' forward passes."""
     largest_block: int = 0
+    """Bytes that a block keeps while it is computed again, and twice its largest tensor."""
+    _largest: int = 0
     _inputs: int = 0
     _inside: int = 0
     _depth: int = 0
@@ -180,6 +183,11 @@ class _Tape:
     def activations(self) -> int:
         """Bytes that wait for the backward pass."""
         return sum(self.saved) - self._inside + self._inputs
+
+    @property
+    def working(self) -> int:
+        """What the backward pass needs beside them: of an operation outside of blocks, or of a block."""
+        return max(2 * self._largest, self.largest_block)
 
     @contextmanager
     def recording(self, module: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
@@ -201,6 +209,8 @@ class _Tape:
             self._reached = int(self.counter.get_total_flops())
         if size := self._new(tensor):
             self.saved.append(size)
+            if not self._depth:
+                self._largest = max(self._largest, size)
         return tensor
 
     def _new(self, tensor: Tensor) -> int:
@@ -221,9 +231,9 @@ class _Tape:
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            inside = sum(self.saved[self._began[0] :])
-            self._inside += inside
-            self.largest_block = max(self.largest_block, inside)
+            inside = self.saved[self._began[0] :]
+            self._inside += sum(inside)
+            self.largest_block = max(self.largest_block, sum(inside) + 2 * max(inside, default=0))
             self.recomputed += self._reached - self._began[1]
 
 
@@ -276,7 +286,10 @@ def _zero(cost: StepCost, module: nn.Module, backend: BackendConfig, workers: in
     optimiser, weights, gathered = cost.optimiser // workers, cost.weights, 0
     if stage3:
         whole = sum(map(_bytes, module.parameters()))
-        gathered = min(whole, 4 * _ZERO3_LIVE + max(map(_bytes, module.parameters()), default=0))
+        # A frozen table of embeddings is let go after the look-up: nothing asks for it in the backward pass.
+        tables = [m.weight for m in module.modules() if isinstance(m, nn.Embedding) and not m.weight.requires_grad]
+        needed = whole - sum(map(_bytes, tables))
+        gathered = min(needed, 4 * _ZERO3_LIVE + max(map(_bytes, module.parameters()), default=0))
         weights = cost.weights - whole + whole // workers
     part = dataclasses.replace(
         cost,

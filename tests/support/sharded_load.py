@@ -108,7 +108,7 @@ def load(name: str, folder: str, *, lora: bool) -> dict[str, Any]:
     loss = step(module, batch, {}).sums["ce"]
     backend.backward(loss / backend.world_size)
     _, norm = backend.reduce(torch.zeros(1, dtype=torch.float64))
-    return {"peak": peak.bytes, "loss": float(loss), "norm": float(norm)}
+    return {"peak": peak.bytes, "loss": float(loss.detach()), "norm": float(norm)}
 
 
 def load_each(cases: list[tuple[str, bool]], folder: str) -> dict[str, Any]:

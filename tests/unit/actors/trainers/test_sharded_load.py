@@ -30,7 +30,7 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.
     save_file({name: t.clone() for name, t in language().state_dict().items()}, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     cases = [("fsdp2", False), ("fsdp2", True), ("zero3", True)]
-    ranks = in_ranks(load_each, tmp_path / "ranks", 2, cases, str(tmp_path))
+    ranks = in_ranks(load_each, tmp_path / "ranks", 2, cases, str(tmp_path), timeout=600)
     expected = {lora: alone(str(tmp_path), lora=lora) for lora in (False, True)}
     for name, lora in cases:
         for rank in ranks:
