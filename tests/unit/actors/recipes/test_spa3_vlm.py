@@ -165,7 +165,7 @@ def test_packed_samples_train_what_separate_ones_do(root: Path, geometry: str) -
     chosen = f"recipe.spa3_vlm.geometry={geometry}"
     with opened(config_of(root, chosen, "recipe.spa3_vlm.questions_per_sample=4")) as packed:
         built, together = built_of(packed), batches(packed)
-    with opened(config_of(root, chosen)) as separate:
+    with opened(config_of(root, chosen, "recipe.spa3_vlm.questions_per_sample=1")) as separate:
         alone = batches(separate)
     assert sum(len(batch["id"]) for batch in together) < sum(len(batch["id"]) for batch in alone)
     assert not any(bool((batch["segments"] > 0).any()) for batch in alone)
