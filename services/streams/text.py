@@ -84,8 +84,9 @@ class TextColumns:
 
     def _fitting(self, encoded: Encoded, where: str, images: int = 1) -> Encoded:
         if len(encoded) > self.max_length:
+            each = "" if self._chat.vision else f" of {self.tokens_per_image}"
             raise DataError(
-                f"{where}: {len(encoded)} tokens, {images} images among them; "
+                f"{where}: {len(encoded)} tokens, of them {images} images{each}; "
                 f"data.text.max_length={self.max_length} allows no more: raise it, or give fewer images"
             )
         return encoded
