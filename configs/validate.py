@@ -106,8 +106,7 @@ class Range:
         return " and ".join(part for part in (low, high) if part)
 
 
-_COUNT = Range(low=0)
-_POSITIVE = Range(low=1)
+_COUNT, _POSITIVE = Range(low=0), Range(low=1)
 _ABOVE_0 = Range(low=0, open_low=True)
 _SHARE = Range(low=0, high=1)
 _DECAY = Range(low=0, high=1, open_high=True)
@@ -135,6 +134,7 @@ RANGES: Mapping[str, Range] = {
     "encoders.*.seed": _COUNT,
     "encoders.*.height": _POSITIVE,
     "encoders.*.width": _POSITIVE,
+    "encoders.*.side": _COUNT,
     "encoders.*.batch_size": _POSITIVE,
     "service.replicas": _COUNT,
     "service.batch_wait_s": _COUNT,

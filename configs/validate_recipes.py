@@ -57,5 +57,5 @@ def _spa3_vlm(config: RunConfig) -> Iterator[str]:
     for name, encoder in config.encoders.items():
         if encoder.side and encoder.family != "qwen2_5_vl":
             yield f"encoders.{name}.side={encoder.side}: pictures of any shape are for qwen2_5_vl, not {encoder.family}"
-        if encoder.side < 0 or encoder.side % 14:
+        if encoder.side % 14:
             yield f"encoders.{name}.side={encoder.side} must be a multiple of 14, or 0"

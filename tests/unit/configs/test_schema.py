@@ -135,7 +135,7 @@ def test_models_without_an_option_are_parts_of_others_or_frozen() -> None:
 
     parts = (
         "mast3r-", "radio-", "uniugg-vit-", "uniugg-spatial-decoder-", "spatial-vae-", "uniugg-llm-", "uniugg-unet-",
-        "uniugg-direct-llm-", "vggt-",
+        "uniugg-direct-llm-", "vggt-", "spa3-vlm-adapter-", "spa3-vlm-7b",
     )  # fmt: skip
     options = {path.stem for path in (TREE / "model").glob("*.yaml")}
     assert {name for name in list_models() if not name.startswith(parts)} == options

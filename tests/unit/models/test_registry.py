@@ -11,7 +11,7 @@ import models
 from models.errors import ModelError, WeightsError
 
 #: Families that are parts of other models: no recipe trains them by themselves.
-PARTS = ("mast3r-", "radio-", "spatial-vae-", "uniugg-vit-", "uniugg-spatial-decoder-", "vggt-")
+PARTS = ("mast3r-", "radio-", "spatial-vae-", "uniugg-vit-", "uniugg-spatial-decoder-", "vggt-", "spa3-vlm-adapter-")
 
 
 @pytest.mark.parametrize("name", models.list_models())
