@@ -8,7 +8,7 @@ from importlib import import_module
 from infra.bench.harness import Bench, main
 
 #: Each has a ``TABLE`` of benchmarks.
-GROUPS = ("spa3r_vggt", "spa3r_vlm")
+GROUPS = ("spa3r_vggt", "spa3r_vlm", "spa3r_lora")
 
 _DENSE = "the same with the dense boolean mask, made once"
 _EXPLICIT = "attention written out, all 24 outputs kept, RoPE tables in every call"
@@ -28,6 +28,7 @@ ROWS = {
         "8 samples, each with all frames",
     ),
     "answer_prefix": ("20 answers about one scene, its frames read once", "one by one, each with all frames"),
+    "lora_zero3": ("a step with low-rank updates and ZeRO-3, 2 ranks", "the same on FSDP2"),
 }
 
 

@@ -27,7 +27,8 @@ def language(size: dict[str, int]) -> Any:
 
     import models  # noqa: F401  before transformers, which looks for torchvision's operations
 
-    config = transformers.Qwen2Config(**size, tie_word_embeddings=False, dtype="float32")
+    settings: dict[str, Any] = {**size, "tie_word_embeddings": False, "dtype": "float32"}
+    config = transformers.Qwen2Config(**settings)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 

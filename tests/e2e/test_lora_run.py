@@ -65,9 +65,10 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_left_is_merged_with_the_updates_beside_it(finished: Path) -> None:
     assert set(weights(finished)) == {
-        "weights/llm/model.safetensors", "weights/llm-adapter/adapter_model.safetensors",
-        "weights/diffusion/model.safetensors", "weights/diffusion-adapter/adapter_model.safetensors",
-    }  # fmt: skip
+        f"weights/{role}{file}"
+        for role in ("llm", "diffusion")
+        for file in ("/model.safetensors", "-adapter/adapter_model.safetensors", "-adapter/beside.safetensors")
+    }
     saved = load_file(next((finished / "checkpoints" / "llm").glob("step-00000004")) / "weights.safetensors")
     heads = {name.split(".")[0] for name in saved if "lora_" not in name}
     assert heads == {"projector", "queries"}

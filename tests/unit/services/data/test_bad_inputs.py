@@ -302,7 +302,7 @@ TABLE: dict[str, tuple[Act, str]] = {
     ),
     "turn without text": (
         corpus("a.json", '[{"conversations": [{"from": "gpt"}]}]'),
-        r"a turn needs 'from' and 'value' as text",
+        r"a turn needs 'from' and 'value', or 'role' and 'content', as text",
     ),
     "image of a record missing": (
         corpus("a.json", '[{"image": "x.png"}]'),

@@ -207,13 +207,15 @@ def write_lines(path: Path, *records: dict[str, Any]) -> Path:
 def test_scored_questions_in_a_corpus(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     talk = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "B"}]
+    blind = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "B"}]
     scored = {"question_type": "depth", "answer": "B", "options": ["A. near", "B. far"]}
     path = write_lines(
         tmp_path / "data.jsonl",
         {"id": "scored", "image": "a.png", "conversations": talk, "split": "test", **scored},
         {"id": "plain", "image": [{"path": "a.png"}], "conversations": talk},
-        {"id": "odd", "conversations": talk, **scored, "options": "AB"},
-        {"id": "lost", "conversations": talk, "split": "later"},
+        {"id": "odd", "conversations": blind, **scored, "options": "AB"},
+        {"id": "lost", "conversations": blind, "split": "later"},
+        {"id": "marked", "conversations": talk},
         {"id": "wrong", "image": [{"file": "a.png"}], "conversations": talk},
     )
     reader = open_reader(path, SourceConfig(format="corpus"))
@@ -229,7 +231,8 @@ def test_scored_questions_in_a_corpus(tmp_path: Path) -> None:
     for record_id, message in (
         ("odd", "line 3: 'options' must be a list of texts, got 'AB'"),
         ("lost", "line 4: split='later' is not one of train, val, test"),
-        ("wrong", "line 5: an image is a name, or an object with path"),
+        ("marked", "line 5: has 1 marks <image> and 0 images"),
+        ("wrong", "line 6: an image is a name, or an object with path"),
     ):
         with pytest.raises(DataError, match=message):
             reader.read(record_id)
