@@ -81,7 +81,7 @@ def _measure(settings: BackendConfig, lora: bool, checkpointing: bool, autocast:
     return peak
 
 
-def measure_each(cases: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """:func:`measured_and_planned` for every case, in this process."""
+def measure(case: dict[str, Any]) -> tuple[int, int]:
+    """:func:`measured_and_planned` for a case."""
     torch.manual_seed(0)
-    return [measured_and_planned(**case) for case in cases]
+    return measured_and_planned(**case)

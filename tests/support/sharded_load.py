@@ -91,8 +91,9 @@ def load(name: str, folder: str, *, lora: bool) -> dict[str, Any]:
     from actors.trainers.lora import apply_lora
 
     weights = StoredTensors.of(folder)
-    # A small model first: what is imported at the first use, and threads, are not the model's.
+    # Once without weights, and a small model first: what is imported at first use, and threads, are not the model's.
     with empty_weights():
+        language()
         small = nn.Linear(8, 8)
     values = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
     make_backend(BackendConfig(name=name), "cpu").prepare(small, ROLE, TrainerConfig(), values)
@@ -111,9 +112,24 @@ def load(name: str, folder: str, *, lora: bool) -> dict[str, Any]:
     return {"peak": peak.bytes, "loss": float(loss.detach()), "norm": float(norm)}
 
 
+def load_whole(folder: str) -> int:
+    """Bytes at the peak of loading the model as one does on a single device."""
+    from safetensors.torch import load_file
+
+    with empty_weights():
+        language()
+    with Peak() as peak:
+        module = language()
+        module.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return peak.bytes
+
+
 def load_each(cases: list[tuple[str, bool]], folder: str) -> dict[str, Any]:
-    """:func:`load` for every (backend, with low-rank updates)."""
-    return {f"{name} {'lora' if lora else 'full'}": load(name, folder, lora=lora) for name, lora in cases}
+    """:func:`load` for every (backend, with low-rank updates), and :func:`load_whole` to compare with."""
+    found: dict[str, Any] = {
+        f"{name} {'lora' if lora else 'full'}": load(name, folder, lora=lora) for name, lora in cases
+    }
+    return found | {"whole": load_whole(folder)}
 
 
 def alone(folder: str, *, lora: bool) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from actors.preflight.memory import spread, step_cost
 from actors.trainers.lora import apply_lora
 from configs.schema import BackendConfig, PeftConfig
 from models.spec import RoleSpec, StepOutput
-from tests.support.memory_runs import measure_each
+from tests.support.memory_runs import measure
 from tests.support.sharded_load import ROLE
 
 TRIMMED: dict[str, Any] = {"lora": True, "checkpointing": True, "autocast": True, "accumulation": 2}
@@ -45,9 +45,10 @@ MANY: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_memory_of_backends_is_what_a_tracker_measures(cases: list[dict[str, Any]]) -> None:
-    # DeepSpeed and the fake group leave traces in a process.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(measure_each, cases).result(timeout=600)
+    # DeepSpeed and the fake group leave traces in a process: one for each case.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+        found = list(pool.map(measure, cases, timeout=600))
     ratios = {str(case): planned / measured for case, (measured, planned) in zip(cases, found, strict=True)}
     assert not {case: ratio for case, ratio in ratios.items() if abs(ratio - 1) > 0.15}, ratios
 

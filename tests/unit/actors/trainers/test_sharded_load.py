@@ -32,11 +32,12 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path, monkeypatch: pytest.
     cases = [("fsdp2", False), ("fsdp2", True), ("zero3", True)]
     ranks = in_ranks(load_each, tmp_path / "ranks", 2, cases, str(tmp_path), timeout=600)
     expected = {lora: alone(str(tmp_path), lora=lora) for lora in (False, True)}
+    assert min(rank["whole"] for rank in ranks) > 0.9 * size  # what is measured does see a model
     for name, lora in cases:
         for rank in ranks:
             found = rank[f"{name} {'lora' if lora else 'full'}"]
             said = f"{name}: {found['peak'] / 2**20:.0f} of {size / 2**20:.0f} MiB"
-            assert 0.4 * size < found["peak"] < 0.6 * size + CONSTANT, said
+            assert found["peak"] < 0.6 * size + CONSTANT, said
             assert found["loss"] == pytest.approx(expected[lora][0], rel=1e-5)
             if not lora:  # the norm of updates depends on what was drawn for them
                 assert found["norm"] == pytest.approx(expected[lora][1], rel=1e-4)
