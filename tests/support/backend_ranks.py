@@ -8,6 +8,7 @@ Kind ``q`` has a loss of its own; kind ``g`` sends an activation away and is tol
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -191,3 +192,5 @@ def _rank(work: Callable[..., Any], folder: Path, rank: int, world: int, argumen
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         raise
+    # Not the interpreter's own end: a thread of gloo may still be letting go of a tensor, and would abort the process.
+    os._exit(0)
