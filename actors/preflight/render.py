@@ -103,7 +103,7 @@ def _encoders(plan: Plan) -> Table:
     cache = plan.cache
     rows = []
     for encoder in plan.encoders:
-        outputs = ", ".join(f"{name} {'x'.join(map(str, spec.shape))}" for name, spec in encoder.outputs.items())
+        outputs = ", ".join(f"{name} {form(spec.shape)}" for name, spec in encoder.outputs.items())
         stored = f"{cache.encoders[encoder.name]} records of {size(encoder.record_bytes)}"
         rows += [
             ("encoder", f"{encoder.name}: {count(encoder.parameters)} parameters"),
@@ -167,3 +167,8 @@ def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def form(shape: Sequence[int | None]) -> str:
+    """Axes of an output; "n" where they differ from input to input."""
+    return "x".join("n" if axis is None else str(axis) for axis in shape)

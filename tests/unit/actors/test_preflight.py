@@ -21,7 +21,7 @@ from actors.preflight.encoders import EncoderCost, encoder_cost, record_bytes
 from actors.preflight.fake import building, stepping
 from actors.preflight.memory import StepCost, step_cost
 from actors.preflight.rates import measured_rates
-from actors.preflight.render import count, duration, render, size
+from actors.preflight.render import count, duration, form, render, size
 from configs.compose import groups
 from configs.schema import RunConfig
 from models.registry import build, spec
@@ -361,6 +361,10 @@ def test_a_plan_as_json_and_as_text(tmp_path: Path) -> None:
     text = render(plan)
     for word in ("trainer", "feature", "probe-tiny", "320 records", "does NOT fit", "node local", "training limits"):
         assert word in text
+
+
+def test_an_axis_that_differs_has_a_letter() -> None:
+    assert form((None, 1, 6, 8)) == "nx1x6x8"
 
 
 def test_numbers_are_readable() -> None:
