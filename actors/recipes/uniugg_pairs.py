@@ -156,9 +156,9 @@ def judge_encoder(
             found[PLANE][f"{view}/error"],
             PLANE,
             "lower",
-            **{name: found[name][f"{view}/error"] for name in (POSED_PLANE, UNTRAINED)},
+            **{name: found[name][f"{view}/error"] for name in beside},
         )
-        for view in ("view1", "view2")
+        for view, beside in (("view1", (UNTRAINED,)), ("view2", (POSED_PLANE, UNTRAINED)))
     }
     metrics["depth/abs_rel"] = _beside(found, "depth/abs_rel", "lower")
     if "matches/accuracy" in found["trained"]:

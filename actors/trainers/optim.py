@@ -88,22 +88,27 @@ def learning_rate(step: int, config: TrainerConfig) -> float:
     return config.lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def gradient_norm(parameters: Mapping[str, nn.Parameter], unclipped: Sequence[str] = ()) -> Tensor:
-    """Euclidean norm over the gradients of what fits no glob of ``unclipped``, a scalar tensor.
+def gradient_norm(counted: Sequence[nn.Parameter], others: Sequence[nn.Parameter] = ()) -> Tensor:
+    """Euclidean norm over the gradients of ``counted``, a scalar tensor.
 
-    Not finite if any gradient is not, those that do not count in it as well. Collective if sharded.
+    Not finite if any gradient is not, those of ``others`` as well. Collective if sharded.
     """
-    counted, others = ([p.grad for p in part if p.grad is not None] for part in split(parameters, unclipped))
-    norm = local(torch.nn.utils.get_total_norm(counted), full=True)
-    return norm + 0 * local(torch.nn.utils.get_total_norm(others), full=True) if others else norm
+    norm = _norm(counted)
+    return norm + 0 * _norm(others) if others else norm
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return local(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]), full=True)
 
 
 def split(
     parameters: Mapping[str, nn.Parameter], unclipped: Sequence[str]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters that fit no glob of ``unclipped``, and those that do."""
-    clipped = [p for name, p in parameters.items() if not fits_any(name, unclipped)]
-    return clipped, [p for name, p in parameters.items() if fits_any(name, unclipped)]
+    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in parameters.items():
+        found[fits_any(name, unclipped)].append(parameter)
+    return found
 
 
 def clip(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:

@@ -54,7 +54,7 @@ class DdpBackend(SingleBackend):
         message = flatten_gradients(parameters, extra)
         dist.all_reduce(message, group=self.group)
         scatter_gradients(message, parameters)
-        return message[len(message) - len(extra) :].double().cpu(), gradient_norm(self._parameters, self._unclipped)
+        return message[len(message) - len(extra) :].double().cpu(), gradient_norm(self._clipped, self._unclipped)
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""

@@ -67,4 +67,4 @@ class Fsdp2Backend(DdpBackend):
             message = extra.to(self.device)
             dist.all_reduce(message, group=self.group)
             extra = message.cpu()
-        return extra, gradient_norm(self._parameters, self._unclipped)
+        return extra, gradient_norm(self._clipped, self._unclipped)

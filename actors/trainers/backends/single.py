@@ -26,14 +26,16 @@ class SingleBackend:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._parameters: dict[str, nn.Parameter] = {}
-        self._unclipped: Sequence[str] = ()
+        self._clipped: list[nn.Parameter] = []
+        self._unclipped: list[nn.Parameter] = []
 
     def prepare(
         self, module: nn.Module, role: RoleSpec, config: TrainerConfig, weights: Mapping[str, Tensor] | None = None
     ) -> nn.Module:
         """Put the module where it is trained and make its optimiser."""
         self._module = self._place(module, role, weights or {})
-        self._parameters, self._unclipped = trainable(self._module), role.unclipped
+        self._parameters = trainable(self._module)
+        self._clipped, self._unclipped = split(self._parameters, role.unclipped)
         self._optimizer = build_optimizer(self._module, config, role.no_decay, role.unclipped)
         return self._module
 
@@ -57,12 +59,12 @@ class SingleBackend:
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return extra, gradient_norm(self._parameters, self._unclipped)
+        return extra, gradient_norm(self._clipped, self._unclipped)
 
     def update(self, rate: float, norm: Tensor, limit: float) -> None:
         """Clip and step."""
         set_rate(self._optimizer, rate)
-        clip(split(self._parameters, self._unclipped)[0], norm, limit)
+        clip(self._clipped, norm, limit)
         self._optimizer.step()
 
     def exchange(self, message: Any) -> list[Any]:
