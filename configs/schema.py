@@ -123,6 +123,9 @@ class TextConfig:
     max_length: int = 2048
     # System message put before a conversation that has none; "" for the template's own.
     system: str = ""
+    # What is supervised of an assistant's turn: answer (its text and the token that ends it) | turn (also the white
+    # space that the template writes behind that token; a line break in ChatML).
+    supervise: str = "answer"
 
 
 @dataclass(frozen=True, kw_only=True)

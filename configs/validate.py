@@ -17,7 +17,7 @@ from configs.convert import hints_of, nearest, section_problems
 from configs.paths import is_uri
 from configs.roles import SHARED_TRAINER, role_config
 from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig, TrainerConfig
-from configs.validate_recipes import view_sets
+from configs.validate_recipes import RECIPE_ALLOWED, view_sets
 
 SPLITS = ("train", "val", "test")
 FORMATS = (
@@ -41,17 +41,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "size": ("tiny", "small", "paper"),
     "recipe.name": RECIPES,
-    "recipe.uniugg.latent": ("sample", "mode"),
-    "recipe.uniugg.translation_scale": ("metres", "depth"),
-    "recipe.view_set.scheme": ("windows", "walks"),
-    "recipe.spa3r.loss": ("l1", "smooth_l1"),
-    "recipe.spa3r.loss_views": ("targets", "all"),
-    "recipe.spa3r.targets": ("joint", "symmetric"),
-    "recipe.spa3r.qk_norm_global": ("auto", "layernorm", "rmsnorm"),
-    "recipe.spa3_vlm.geometry": ("none", "vggt", "append", "cross"),
+    **RECIPE_ALLOWED,
     "bridge.transport": ("auto", "local", "group", "objects"),
     "generate.points": ("target", "union"),
     "data.sources.*.format": FORMATS,
+    "data.text.supervise": ("answer", "turn"),
     "encoders.*.family": (*IMAGE_FAMILIES, *TEXT_FAMILIES, *RECORD_FAMILIES),
     "encoders.*.dtype": DTYPES,
     "cache.mode": ("always", "never", "auto"),

@@ -1,10 +1,23 @@
-"""Rules over several keys of ``recipe``, one message for every violation; called by :mod:`configs.validate`."""
+"""Rules over keys of ``recipe``, one message for every violation; called by :mod:`configs.validate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from configs.paths import RUN
 from configs.schema import RunConfig
+
+#: Values of single keys.
+RECIPE_ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "recipe.uniugg.latent": ("sample", "mode"),
+    "recipe.uniugg.translation_scale": ("metres", "depth"),
+    "recipe.view_set.scheme": ("windows", "walks"),
+    "recipe.spa3r.loss": ("l1", "smooth_l1"),
+    "recipe.spa3r.loss_views": ("targets", "all"),
+    "recipe.spa3r.targets": ("joint", "symmetric"),
+    "recipe.spa3r.qk_norm_global": ("auto", "layernorm", "rmsnorm"),
+    "recipe.spa3_vlm.geometry": ("none", "vggt", "append", "cross"),
+}
 
 #: What Spa3R can predict.
 PREDICTED = ("geo", "sem", "clip")
@@ -54,6 +67,9 @@ def _spa3r(config: RunConfig) -> Iterator[str]:
 
 
 def _spa3_vlm(config: RunConfig) -> Iterator[str]:
+    baseline = config.recipe.spa3_vlm.baseline
+    if baseline not in ("train", "off") and not (baseline.startswith(RUN) and baseline != RUN and "/" not in baseline):
+        yield f"recipe.spa3_vlm.baseline={baseline!r} must be train, off, or run:NAME of a run without geometry"
     for name, encoder in config.encoders.items():
         if encoder.side and encoder.family != "qwen2_5_vl":
             yield f"encoders.{name}.side={encoder.side}: pictures of any shape are for qwen2_5_vl, not {encoder.family}"

@@ -2,8 +2,9 @@
 
 The template is rendered with marks in the texts' places. What stands between the marks is the template's own and is
 encoded with special tokens; texts are encoded without any, so that nothing a user writes becomes a control or an image
-token. An assistant's text and the end of its turn are supervised, nothing else. A template may strip a text; one that
-changes it otherwise is refused.
+token. An assistant's text and the token that ends its turn are supervised, nothing else; where the whole turn is asked
+for, so is the line break that ChatML writes behind that token. A template may strip a text; one that changes it
+otherwise is refused.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ _CONTROL_NAME = re.compile(r"<\|[^|<>\s]+\|>")
 """What everybody's control tokens look like; others are found missing where an answer has no end."""
 _MARK = re.compile("\ue000(\\d+)\ue001")
 
+ANSWER, TURN = "answer", "turn"
+"""What is supervised: an answer with the token that ends it, or with the white space behind that token too."""
+
 Turns = Sequence[tuple[str, str]]
 """(role, text) in order."""
 Images = int | Sequence[int]
@@ -65,7 +69,7 @@ class _Frame:
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     ends: tuple[int, ...]
-    """Leading tokens of each part that end an assistant's turn; 0 where none does."""
+    """Leading tokens of each part that are supervised with the answer before it; 0 where none is."""
 
 
 class Chat:
@@ -79,6 +83,7 @@ class Chat:
         system: put before conversations without a system turn; "" leaves that to the template.
         vision: image blocks as Qwen's vision-language models read them: their own tokens, and no line break between
             an image and the question.
+        supervise: :data:`ANSWER` or :data:`TURN`.
 
     Safe to use from several threads.
     """
@@ -91,12 +96,15 @@ class Chat:
         queries: int | None = None,
         system: str = "",
         vision: bool = False,
+        supervise: str = ANSWER,
     ) -> None:
         from tokenizers import Tokenizer
 
         if tokens_per_image < 1 or (queries is not None and queries < 1):
             raise ModelError(f"an image needs at least one token, got {tokens_per_image} and {queries} queries")
-        self.tokenizer = tokenizer
+        if supervise not in (ANSWER, TURN):
+            raise ModelError(f"what is supervised is {ANSWER} or {TURN}, got {supervise!r}")
+        self.tokenizer, self._whole_turn = tokenizer, supervise == TURN
         self.system, self.vision, self.tokens_per_image = system, vision, tokens_per_image
         names = VISION_TOKENS if vision else (IMAGE_START, IMAGE, IMAGE_END)
         self._image = tuple(token_id(tokenizer, name) for name in names)
@@ -111,8 +119,8 @@ class Chat:
             copy.no_truncation()
         self._texts.encode_special_tokens = True
         self._frame = lru_cache(maxsize=512)(self._make_frame)
-        frame = self._frame(("user", "assistant"), False)
-        self.end_of_turn = frame.ids[2][frame.ends[2] - 1]
+        after = self._frame(("user", "assistant"), False).ids[2]
+        self.end_of_turn = after[self._end_of(after) - 1]
         """Id of the token that ends an answer: where a model that generates stops."""
 
     def conversation(self, turns: Turns, images: Images = 0) -> Encoded:
@@ -261,8 +269,18 @@ class Chat:
         ids = tuple(tuple(self._frames.encode(part, add_special_tokens=False).ids) for part in parts)
         ends = [0]
         for place, role in enumerate(roles):
-            ends.append(self._end_of(ids[place + 1]) if role == "assistant" else 0)
+            ends.append(self._supervised_of(ids[place + 1]) if role == "assistant" else 0)
         return _Frame(texts=parts, ids=ids, ends=tuple(ends))
+
+    def _supervised_of(self, part: tuple[int, ...]) -> int:
+        """How many tokens after an answer are supervised with it."""
+        end = self._end_of(part)
+        while self._whole_turn and end < len(part) and self._is_space(part[end]):
+            end += 1
+        return end
+
+    def _is_space(self, token: int) -> bool:
+        return token not in self._control and str(self.tokenizer.decode([token])).isspace()
 
     def _end_of(self, part: tuple[int, ...]) -> int:
         """How many tokens after an answer belong to it: up to the first special token."""
@@ -296,6 +314,6 @@ def missing_answer(turns: Turns) -> str:
 
 
 def _add_part(encoded: Encoded, part: Sequence[int], end: int) -> None:
-    """A part of the template; its first ``end`` tokens end an answer and are supervised."""
+    """A part of the template; its first ``end`` tokens belong to the answer before it and are supervised."""
     encoded.add(part[:end], True)
     encoded.add(part[end:])

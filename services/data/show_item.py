@@ -61,7 +61,7 @@ def _conversation(item: Item, text: TextConfig) -> str:
     from models.text import Chat, load_tokenizer
 
     tokenizer = load_tokenizer(text.tokenizer)
-    chat = Chat(tokenizer, tokens_per_image=1, system=text.system)
+    chat = Chat(tokenizer, tokens_per_image=1, system=text.system, supervise=text.supervise)
     try:
         encoded = chat.conversation([(turn.role, turn.text) for turn in item.turns], len(item.images))
     except ModelError as error:

@@ -41,7 +41,13 @@ class TextColumns:
             check_fits(self.tokenizer, vocab_size)
         self.tokens_per_image = tokens_per_image
         self.max_length = text.max_length
-        self._chat = Chat(self.tokenizer, tokens_per_image=tokens_per_image, system=text.system, vision=vision)
+        self._chat = Chat(
+            self.tokenizer,
+            tokens_per_image=tokens_per_image,
+            system=text.system,
+            vision=vision,
+            supervise=text.supervise,
+        )
         self.end_of_turn = self._chat.end_of_turn
         """Id that ends an answer."""
         self._generation = _record(self._fitting(self._chat.generation(), "the prompt for a generated view"))

@@ -85,6 +85,44 @@ def test_bytes_token_by_token(byte: PreTrainedTokenizerFast) -> None:
     assert list(zip(encoded.ids, encoded.supervised, strict=True)) == expected
 
 
+def test_a_whole_turn_token_by_token(byte: PreTrainedTokenizerFast) -> None:
+    """As Spa3-VLM was trained: of an assistant's turn all but its head, the line break behind its end too."""
+    chat = Chat(byte, tokens_per_image=2, vision=True, system="S", supervise="turn")
+    encoded = chat.conversation([("user", "<image>\nQ"), ("assistant", "a"), ("user", "R"), ("assistant", "b")], [1])
+    start, end = token_id(byte, "<|im_start|>"), token_id(byte, "<|im_end|>")
+    image = [token_id(byte, f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end")]
+    line = ord("\n")
+    expected = [
+        (start, False), *((b, False) for b in b"system\nS"), (end, False), (line, False),
+        (start, False), *((b, False) for b in b"user\n"), *((i, False) for i in image), (ord("Q"), False), (end, False),
+        (line, False),
+        (start, False), *((b, False) for b in b"assistant\n"), (ord("a"), True), (end, True), (line, True),
+        (start, False), *((b, False) for b in b"user\nR"), (end, False), (line, False),
+        (start, False), *((b, False) for b in b"assistant\n"), (ord("b"), True), (end, True), (line, True),
+    ]  # fmt: skip
+    assert list(zip(encoded.ids, encoded.supervised, strict=True)) == expected
+    answers = Chat(byte, tokens_per_image=2, vision=True, system="S")
+    assert answers.end_of_turn == chat.end_of_turn == end, "an answer that is generated ends there"
+    less = answers.conversation([("user", "<image>\nQ"), ("assistant", "a"), ("user", "R"), ("assistant", "b")], [1])
+    assert less.ids == encoded.ids
+    assert [i for i, (a, b) in enumerate(zip(less.supervised, encoded.supervised, strict=True)) if a != b] == [
+        i for i, pair in enumerate(expected) if pair == (line, True)
+    ]
+
+
+@pytest.mark.parametrize("template", [LLAMA3, MISTRAL], ids=["llama3", "mistral"])
+def test_a_whole_turn_of_templates_without_white_space_behind_it(template: str) -> None:
+    tokenizer = with_template(
+        template, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>",
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    turns = [("user", "Where?"), ("assistant", "There"), ("user", "Why?"), ("assistant", "So.")]
+    whole = Chat(tokenizer, tokens_per_image=1, supervise="turn").conversation(turns)
+    assert whole == Chat(tokenizer, tokens_per_image=1).conversation(turns), "a user's marks are never learnt"
+    with pytest.raises(ModelError, match="is answer or turn, got 'all'"):
+        Chat(tokenizer, tokens_per_image=1, supervise="all")
+
+
 def test_bytes_agree_with_transformers(byte: PreTrainedTokenizerFast) -> None:
     encoded = Chat(byte, tokens_per_image=2).conversation(TURNS)
     other = native(byte, TURNS, return_assistant_tokens_mask=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import configs
 from configs.schema import DataConfig, RunConfig, TextConfig
 from models.errors import ModelError
 from services.contracts import ImageRef, Item, Role, Turn
@@ -39,6 +40,21 @@ def test_columns_of_a_conversation() -> None:
     assert columns.decode(ids[supervised]) == "Ñandú."
     assert ids[supervised][-1] == columns.end_of_turn
     assert columns.pieces(ids).count("<|image|>") == 4
+
+
+def test_what_is_supervised_follows_the_run() -> None:
+    """Spa3-VLM learns the line break behind an answer's end, as published; UniUGG's recipes do not."""
+    spoken = item(("user", "Who?"), ("assistant", "I"))
+    found = {}
+    for recipe in ("spa3_vlm", "uniugg_align"):
+        config = configs.load([f"recipe={recipe}"])
+        columns = TextColumns(config, 4)
+        record = columns.conversation(spoken)
+        ids, supervised = (record[name].data.tolist() for name in SPECS)
+        found[config.data.text.supervise] = [token for token, yes in zip(ids, supervised, strict=True) if yes]
+        assert found[config.data.text.supervise][1] == columns.end_of_turn
+        assert not columns.question(spoken.turns[:1])["supervised"].data.any()
+    assert found == {"turn": [ord("I"), columns.end_of_turn, ord("\n")], "answer": [ord("I"), columns.end_of_turn]}
 
 
 def test_columns_of_a_generation_are_constant() -> None:
