@@ -82,15 +82,17 @@ def test_the_paper_s_language_models_are_planned_without_memory(size: str) -> No
         batch = {"input_ids": torch.zeros(1, 2048, dtype=torch.int64)}
         cost = step_cost(module, role, batch, autocast=True, checkpointing=True)
         if not lora:
-            assert cost.trainable == pytest.approx(PARAMETERS[size], rel=0.002)
+            trainable = cost.trainable
+            assert trainable == pytest.approx(PARAMETERS[size], rel=0.002)
             # Multiply-adds of every weight forward, backward (twice) and forward again.
-            assert cost.flops == pytest.approx(8 * cost.trainable * 2048, rel=0.25)
+            assert cost.flops == pytest.approx(8 * trainable * 2048, rel=0.25)
         for name in ("ddp", "zero2", "zero3", "fsdp2"):
             part = spread(cost, module, role, BackendConfig(name=name), 8, accelerated=True)
             peaks[lora, name] = part.peak(2) / 1e9
     full, adapted = ({name: peaks[lora, name] for name in ("ddp", "zero2", "zero3", "fsdp2")} for lora in (False, True))
     assert full["fsdp2"] < full["zero3"] < full["zero2"] < full["ddp"]
-    assert full["ddp"] > 20 * PARAMETERS[size] / 1e9
+    # Weights, gradients, two moments, and the copy of the gradients that travels, in float32.
+    assert full["ddp"] >= 20 * trainable / 1e9
     assert all(adapted[name] < full[name] for name in full)
     assert adapted["fsdp2"] < 40
 
