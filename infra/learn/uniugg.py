@@ -7,23 +7,15 @@ time (or by ``--budget``) and goes on where it was. ``--table`` prints what is t
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from infra.learn.uniugg_claims import claims, markdown
+from infra.learn.runs import Job, arguments, carry_out, check, chosen, conclude, job, read
+from infra.learn.uniugg_claims import claims
 
 RESULTS = Path(__file__).parents[2] / "models" / "uniugg" / "results"
-DONE = "learn.json"
-"""In a run folder: how the run was called and how long it took, once it is over."""
 
 #: Of every run: as `loom3d train` reads it.
 COMMON = (
@@ -67,37 +59,11 @@ STEPS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of the experiment."""
-
-    phase: str
-    """p1 | p2 | p3."""
-    part: str
-    """What it is among those of a seed: encoder, vae, vae-c, ..."""
-    recipe: str
-    seed: int
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Of the run folder and of the result."""
-        return f"{self.part}-{self.seed}"
-
-    def command(self, root: Path, *, quick: bool, lpips: str) -> list[str]:
-        """Overrides of ``loom3d train``, each key once."""
-        given = [
-            f"recipe={self.recipe}",
-            *COMMON,
-            f"storage.root={root}",
-            f"name={self.name}",
-            f"seed={self.seed}",
-            f"trainer.steps={STEPS[self.recipe]}",
-            *((f"evaluate.lpips_weights={lpips}",) if lpips else ()),
-            *self.overrides,
-            *(QUICK if quick else ()),
-        ]
-        return [f"{key}={value}" for key, value in dict(text.split("=", 1) for text in given).items()]
+def command(one: Job, root: Path, *, quick: bool, lpips: str) -> list[str]:
+    """Overrides of ``loom3d train``."""
+    trunk = (f"evaluate.lpips_weights={lpips}",) if lpips else ()
+    steps = f"trainer.steps={STEPS[one.recipe]}"
+    return one.command(root, *COMMON, steps, *trunk, *one.overrides, *(QUICK if quick else ()))
 
 
 def chain(seed: int, *, kind: str = "", encoder: Sequence[str] = (), vit: Sequence[str] = ()) -> list[Job]:
@@ -127,11 +93,6 @@ def chain(seed: int, *, kind: str = "", encoder: Sequence[str] = (), vit: Sequen
         ),
     ]
     return jobs
-
-
-def job(phase: str, part: str, recipe: str, seed: int, *overrides: str) -> Job:
-    """A :class:`Job`."""
-    return Job(phase=phase, part=part, recipe=recipe, seed=seed, overrides=overrides)
 
 
 def llm(seed: int, end: str = "") -> str:
@@ -164,139 +125,18 @@ def jobs(seeds: int, joint_seeds: int) -> list[Job]:
     return found
 
 
-def finished(one: Job, root: Path, command: Sequence[str]) -> bool:
-    """Whether a run is over. SystemExit when its folder holds the run of another call."""
-    path = root / "runs" / one.name / DONE
-    if not path.exists():
-        return False
-    if json.loads(path.read_text())["command"] != list(command):
-        raise SystemExit(f"{path.parent} was trained by another call than this one; give another --root, or remove it")
-    return True
-
-
-def ready(one: Job, waiting: Sequence[Job]) -> bool:
-    """Whether no run is waiting, or under way, whose weights ``one`` reads."""
-    return not any(f"run:{other.name}/" in text for other in waiting for text in one.overrides)
-
-
-def train(todo: Sequence[tuple[Job, Sequence[str]]], root: Path, *, parallel: int, end: float) -> Iterator[Job]:
-    """Train and judge, ``parallel`` runs at a time and each from its newest checkpoint; yields those that are over.
-
-    A run starts when those are over whose weights it reads. At the time ``end`` (of the monotonic clock) what is
-    under way is stopped. SystemExit with the status of a run that fails.
-    """
-    waiting = list(todo)
-    running: dict[subprocess.Popen[bytes], tuple[Job, Sequence[str], float]] = {}
-    try:
-        while waiting or running:
-            pending = [one for one, _ in waiting] + [one for one, *_ in running.values()]
-            for one, command in list(waiting):
-                if len(running) < parallel and ready(one, pending):
-                    waiting.remove((one, command))
-                    print(f"== {one.name}: {one.recipe}", file=sys.stderr, flush=True)
-                    process = subprocess.Popen([sys.executable, "-m", "actors", "train", *command])
-                    running[process] = (one, command, time.monotonic())
-            for process, (one, command, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[process]
-                if process.returncode:
-                    raise SystemExit(process.returncode)
-                called = {"command": list(command), "seconds": round(time.monotonic() - began, 1)}
-                (root / "runs" / one.name / DONE).write_text(json.dumps(called, indent=1))
-                yield one
-            if time.monotonic() > end:
-                return
-            time.sleep(0.2)
-    finally:
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:  # started with the signal ignored, as a shell does behind "&"
-                process.kill()
-                process.wait()
-
-
-def collect(one: Job, root: Path, out: Path) -> None:
-    """Copy what a run came to, and how it was called, into ``<out>/<name>.json``. The root is left out."""
-    folder = root / "runs" / one.name
-    called = json.loads((folder / DONE).read_text())
-    tables = json.loads((folder / "tables.json").read_text()) if (folder / "tables.json").exists() else []
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    result = {
-        "name": one.name,
-        "recipe": one.recipe,
-        "seed": one.seed,
-        "overrides": [text for text in called["command"] if str(root) not in text and "_weights=" not in text],
-        "seconds": called["seconds"],
-        **evaluation,
-        "tables": [table for table in tables if not table["title"].startswith("Questions")],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{one.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def read(out: Path) -> dict[str, dict[str, Any]]:
-    """Name -> result, of all that are there."""
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*.json"))]
-    return {result["name"]: result for result in found}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, collect, and print the claims."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="~/loom3d/learn-uniugg", help="storage.root of these runs")
-    parser.add_argument("--phase", action="append", choices=("p1", "p2", "p3"), default=[], help="only these phases")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these runs")
+    parser = arguments(__doc__, "uniugg", RESULTS, ("p1", "p2", "p3"), budget=120.0)
     parser.add_argument("--seeds", type=int, default=2, help="seeds of the first two phases")
     parser.add_argument("--joint-seeds", type=int, default=1, help="seeds of the third phase")
-    parser.add_argument("--budget", type=float, default=120.0, help="minutes after which it stops; call again to go on")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run at all?")
     parser.add_argument("--lpips", default=_alexnet(), help="AlexNet trunk of LPIPS (folder or file); without it, PSNR")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the claims from the results that are there")
     args = parser.parse_args(argv)
     if not args.table:
-        _run(args)
-    found = read(args.out)
-    if not found:
-        print(f"{args.out} holds no results; run `make learn NAME=uniugg` first", file=sys.stderr)
-        return 1
-    made = claims(found)
-    if not args.table:
-        (args.out / "claims.json").write_text(json.dumps(made, indent=1) + "\n")
-    print(markdown(made))
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
-    """Train and collect within the budget."""
-    if args.quick and args.out == RESULTS:
-        raise SystemExit("--quick makes no figures: give it a folder of its own with --out")
-    root, end = Path(args.root).expanduser().absolute(), time.monotonic() + 60 * args.budget
-    chosen = jobs(args.seeds, args.joint_seeds)
-    names = [one.name for one in chosen]
-    if unknown := [name for name in args.only if name not in names]:
-        raise SystemExit(f"--only {unknown[0]}: no such run; there are: {', '.join(names)}")
-    wanted = [
-        one
-        for one in chosen
-        if (not args.phase or one.phase in args.phase) and (not args.only or one.name in args.only)
-    ]
-    commands = {one.name: one.command(root, quick=args.quick, lpips=args.lpips) for one in wanted}
-    done = [one for one in wanted if finished(one, root, commands[one.name])]
-    for one in done:
-        collect(one, root, args.out)
-    todo = [(one, commands[one.name]) for one in wanted if one not in done]
-    for number, one in enumerate(train(todo, root, parallel=args.parallel, end=end), start=1):
-        collect(one, root, args.out)
-        print(f"== {one.name} is over, {len(todo) - number} left", file=sys.stderr, flush=True)
-        done.append(one)
-    if len(done) < len(wanted):
-        print(f"{args.budget:g} minutes are over; the same call goes on", file=sys.stderr)
+        root = check(args, RESULTS)
+        wanted = chosen(args, jobs(args.seeds, args.joint_seeds))
+        carry_out(args, root, {one: command(one, root, quick=args.quick, lpips=args.lpips) for one in wanted})
+    return conclude(args, "uniugg", claims(read(args.out)))
 
 
 def _alexnet() -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 import configs
-from infra.learn import uniugg
-from infra.learn.uniugg import collect, finished, jobs, main, ready, train
-from infra.learn.uniugg_claims import BINS, claims, markdown
+from infra.learn import runs, uniugg
+from infra.learn.claims import markdown
+from infra.learn.runs import Job, collect, finished, ready, train
+from infra.learn.uniugg import command, jobs, main
+from infra.learn.uniugg_claims import BINS, claims
 
 PARTS = {
     "uniugg_encoder": {"encoder", "spatial_decoder"},
@@ -35,12 +37,12 @@ def test_every_run_reads_what_an_earlier_one_leaves() -> None:
 
 
 @pytest.mark.parametrize("one", [one for one in ALL if one.seed == 0], ids=lambda one: one.name)
-def test_every_run_composes(one: uniugg.Job, tmp_path: Path) -> None:
-    config = configs.load(one.command(tmp_path, quick=False, lpips="alex"))
+def test_every_run_composes(one: Job, tmp_path: Path) -> None:
+    config = configs.load(command(one, tmp_path, quick=False, lpips="alex"))
     assert (config.name, config.recipe.name, config.seed) == (one.name, one.recipe, 0)
     assert config.trainer.steps == uniugg.STEPS[one.recipe]
     assert config.evaluate.lpips_weights == "alex"
-    quick = configs.load(one.command(tmp_path, quick=True, lpips=""))
+    quick = configs.load(command(one, tmp_path, quick=True, lpips=""))
     assert quick.trainer.steps < 10
     assert quick.model == config.model
 
@@ -65,7 +67,7 @@ def test_runs_go_side_by_side_in_order_and_stop_at_a_failure(tmp_path: Path, mon
         def poll(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(uniugg.subprocess, "Popen", Finished)
+    monkeypatch.setattr(runs.subprocess, "Popen", Finished)
     chain = [one for one in ALL if one.seed == 0 and one.name in {"encoder-0", "vae-0", "align-0", "joint-0"}]
     for one in ALL:
         (tmp_path / "runs" / one.name).mkdir(parents=True)
@@ -82,8 +84,8 @@ def test_runs_go_side_by_side_in_order_and_stop_at_a_failure(tmp_path: Path, mon
 def test_the_teacher_of_the_ablation_is_that_of_the_first_phase(tmp_path: Path) -> None:
     first = next(one for one in ALL if one.name == "encoder-0")
     other = next(one for one in ALL if one.name == "vae-a-0")
-    teacher = configs.load(first.command(tmp_path, quick=False, lpips="")).encoders["teacher"]
-    vit = configs.load(other.command(tmp_path, quick=False, lpips="")).encoders["vit"]
+    teacher = configs.load(command(first, tmp_path, quick=False, lpips="")).encoders["teacher"]
+    vit = configs.load(command(other, tmp_path, quick=False, lpips="")).encoders["vit"]
     assert (vit.family, vit.weights, vit.seed, vit.arch) == (
         teacher.family,
         teacher.weights,
@@ -128,8 +130,8 @@ def test_the_second_phase_is_compared_with_its_ablation_of_the_same_seed() -> No
         depths = row(depth, 9.0, "reconstructions, first decoder", "lower", **{"originals, first decoder": 0.2})
         return result(name, depth__abs_rel=depths, tokens__cosine=row(0.92, 0.1, "mean token", "higher"))
 
-    runs = {"vae-0": vae("vae-0", 0.24), "vae-1": vae("vae-1", 0.3), "vae-c-0": vae("vae-c-0", 0.36)}
-    by_text = {claim["claim"]: claim for claim in claims(runs)}
+    found = {"vae-0": vae("vae-0", 0.24), "vae-1": vae("vae-1", 0.3), "vae-c-0": vae("vae-c-0", 0.36)}
+    by_text = {claim["claim"]: claim for claim in claims(found)}
     depth = by_text["depth AbsRel from reconstructions / from originals by P1's decoder"]
     assert depth["figures"] == pytest.approx({"vae-0": 1.2, "vae-1": 1.5})
     assert not depth["holds"]
@@ -154,8 +156,8 @@ def test_views_are_compared_with_baselines_and_ablations() -> None:
         "columns": ["camera", "pairs", "psnr, colours", "psnr, copying the reference"],
         "rows": [["angle<=15 degrees", 3, 16.0, 17.0], ["angle>60 degrees", 2, 16.0, 12.0], ["empty", 0, "", ""]],
     }
-    runs = {"joint-0": joint("joint-0", 16.0, 0.5, [bins]), "joint-a-0": joint("joint-a-0", 17.0, 0.3)}
-    by_text = {claim["claim"]: claim for claim in claims(runs)}
+    found = {"joint-0": joint("joint-0", 16.0, 0.5, [bins]), "joint-a-0": joint("joint-a-0", 17.0, 0.3)}
+    by_text = {claim["claim"]: claim for claim in claims(found)}
     assert by_text["imagined views, rgb/psnr − copying the reference"]["figures"] == {"joint-0": 2.0}
     assert by_text["imagined views, rgb/psnr − mean training picture"]["holds"]
     assert not by_text["imagined views, psnr, colours − copying the reference, angle<=15 degrees"]["holds"]
@@ -168,16 +170,16 @@ def test_views_are_compared_with_baselines_and_ablations() -> None:
 
 def test_results_are_collected_and_not_made_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, root, out = ALL[0], tmp_path / "root", tmp_path / "out"
-    command = one.command(root, quick=False, lpips="/somewhere/alexnet")
-    assert not finished(one, root, command)
+    called = command(one, root, quick=False, lpips="/somewhere/alexnet")
+    assert not finished(one, root, called)
     folder = root / "runs" / one.name
     folder.mkdir(parents=True)
-    (folder / "learn.json").write_text(json.dumps({"command": command, "seconds": 7.0}))
+    (folder / "learn.json").write_text(json.dumps({"command": called, "seconds": 7.0}))
     (folder / "evaluation.json").write_text(json.dumps({"step": 3, **encoder(one.name, 0.5)}))
     (folder / "tables.json").write_text(json.dumps([{"title": "Questions about rooms"}, {"title": BINS, "rows": []}]))
-    assert finished(one, root, command)
+    assert finished(one, root, called)
     with pytest.raises(SystemExit, match="another call"):
-        finished(one, root, [*command, "trainer.lr=1"])
+        finished(one, root, [*called, "trainer.lr=1"])
     collect(one, root, out)
     kept = json.loads((out / f"{one.name}.json").read_text())
     assert (kept["seed"], kept["seconds"], kept["step"]) == (0, 7.0, 3)
