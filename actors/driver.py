@@ -42,10 +42,13 @@ class RunResult:
 def train(config: RunConfig) -> RunResult:
     """Train the recipe of ``config``, evaluate the best checkpoint on the test split, write the report.
 
+    A run that the recipe always compares with is trained first, unless it is there.
+
     Raises the errors of ``services.errors.USER_ERRORS``; the run folder keeps what was reached, and the same call
     again resumes from the newest valid checkpoint.
     """
     from actors import preflight
+    from actors.beside import train_first
     from actors.evaluate import evaluate
     from actors.report import write_report
     from services.data.leakage import refuse_leaks
@@ -54,8 +57,9 @@ def train(config: RunConfig) -> RunResult:
     from services.features.encode import pin_weights
     from services.streams.sampling import needs_pairs
 
-    began = time.time()
     preflight.check(config)  # a run that cannot start leaves nothing behind
+    train_first(config, run_folder(config), train)
+    began = time.time()
     config = pin_weights(config)
     folder = open_run_folder(config)
     _log.info("run %s in %s", folder.name, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
+from actors import beside
 from actors.recipes import Built, Recipe, open_recipe
 from actors.trainers.adapters import save_updates
 from actors.trainers.checkpoint import load_weights
@@ -86,8 +87,9 @@ def evaluate(
         built.module.to(device)
     with events.span("evaluation", split=split.value):
         found = recipe.evaluate(trained, feed, folder, split=split, device=device)
-    evaluation = {"split": split.value, "step": step, **found}
-    _write_json(folder / "evaluation.json", evaluation)
+    judged = {"split": split.value, "step": step, beside.JUDGED_BY: beside.judged_by(feed.config), **found}
+    evaluation = beside.add_scores(feed.config, folder, judged)
+    _write_json(folder / beside.EVALUATION, evaluation)
     return evaluation
 
 
@@ -96,7 +98,8 @@ def evaluate_run(
 ) -> tuple[Path, dict[str, Any]]:
     """Judge a finished run again and write its report anew; returns the report, and what evaluation.json now holds.
 
-    Everything runs in this process. Parts that other runs may have started from are not written again.
+    Everything runs in this process. A run that its recipe compares it with is judged alike first. Parts that other runs
+    may have started from are not written again.
 
     Args:
         run: its folder or name; "" for the run that ``overrides`` describe.
@@ -120,6 +123,9 @@ def evaluate_run(
     folder, config = open_run(run, overrides, file)
     saved = configs.load(file=folder / "config.yaml")
     check_unchanged(saved, config)
+    beside.judge_first(
+        config, folder, overrides, Split(split), lambda place, keys: evaluate_run(place, keys, split=split)
+    )
     config = pin_weights(config)
     store = open_store(config)
     with counting("", config.logger.progress) as show:

@@ -134,6 +134,9 @@ class Spa3VlmConfig:
     questions_per_sample: int = 1
     # The form of the cross-attention.
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    # What a run with geometry is compared with: train (Qwen2.5-VL finetuned plainly, with everything else as in this
+    # run, as a run NAME-plain that is trained first, or found again) | run:NAME (another run, without geometry) | off.
+    baseline: str = "train"
 
 
 @dataclass(frozen=True, kw_only=True)

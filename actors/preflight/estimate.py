@@ -88,7 +88,11 @@ def plan(
         schedule=schedule(config, costs, encoders, data, cache, found, sets),
         problems=tuple(problems),
         missing=tuple(absent),
-        notes=(*_notes(config, data, encoders, costs, sizes), *_set_notes(config, sets, encoders)),
+        notes=(
+            *_notes(config, data, encoders, costs, sizes),
+            *_set_notes(config, sets, encoders),
+            *_beside_notes(config),
+        ),
     )
 
 
@@ -215,6 +219,17 @@ def _set_notes(config: RunConfig, sets: Drawn | None, encoders: Mapping[str, Enc
     if sets is None:
         return []
     return [describe_choices(config, sets, {name: encoder.record_bytes for name, encoder in encoders.items()})]
+
+
+def _beside_notes(config: RunConfig) -> list[str]:
+    """That the recipe trains another run first, to compare with."""
+    baseline = open_recipe(config).baseline(config.name or f"{config.recipe.name}-{config.size}")
+    if baseline is None or baseline.config is None:
+        return []
+    return [
+        f"two trainings run: first {baseline.name} ({baseline.title}), which this run is compared with, unless it is "
+        "there; what stands here is of one of them"
+    ]
 
 
 def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> Lengths:

@@ -124,6 +124,17 @@ class LossTally:
         return {"loss": total, **{f"loss/{term}": value for term, value in terms.items()}}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """Another run whose scores stand beside those of a run, under its name."""
+
+    name: str
+    title: str
+    """What it is, in a few words."""
+    config: RunConfig | None = None
+    """How it is trained where it is not there yet; None for one that somebody named, which must be there."""
+
+
 class Recipe(ABC):
     """One way to train. Subclasses are listed in :data:`actors.recipes.RECIPES`."""
 
@@ -184,6 +195,10 @@ class Recipe(ABC):
     def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: ARG002
         """Parts of a trained role that are saved for other runs, by name."""
         return {}
+
+    def baseline(self, name: str) -> Baseline | None:  # noqa: ARG002
+        """The run that a run called ``name`` is always compared with; by default there is none."""
+        return None
 
     def complete(self, trained: Mapping[str, Built], feed: Feed) -> None:  # noqa: B027
         """Measure what trained modules carry beside their weights, before they are saved and judged."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from actors.recipes.base import Built, Facts, Part, Recipe, seeded
+from actors.recipes.base import Baseline, Built, Facts, Part, Recipe, seeded
+from actors.recipes.spa3_vlm_baseline import plain_run
 from configs import ConfigError
 from models.encoders.uniugg import READS
 from models.encoders.weights import RANDOM, is_here, resolve_folder
@@ -89,6 +90,9 @@ class VlmRecipe(Recipe):
             kind = name.replace("spa3-vlm-", "spa3-vlm-adapter-")
             found[ADAPTER] = Part(module=module.adapter, model=kind, settings=alone, reads=reads)
         return found
+
+    def baseline(self, name: str) -> Baseline | None:  # noqa: D102
+        return plain_run(self.config, name)
 
     def evaluate(  # noqa: D102
         self, trained: Mapping[str, Built], feed: Feed, folder: Path, *, split: Split, device: str

@@ -76,7 +76,8 @@ def collect(folder: Path, against: Path | None = None) -> RunData:
     if not config.exists():
         raise DataError(f"{folder} is no run folder: it has no config.yaml; name a folder under <storage.root>/runs")
     evaluation = _json(folder / "evaluation.json")
-    others = _comparable(folder, evaluation, against) if against is not None else {}
+    others = _comparable(folder, evaluation, against) if against is not None else _beside(evaluation)
+    name = against.name if against is not None else evaluation.get("beside", {}).get("run", "") if others else ""
     examples: dict[str, np.ndarray] = {}
     if (folder / "examples.npz").exists():
         with np.load(folder / "examples.npz", allow_pickle=False) as arrays:
@@ -86,7 +87,7 @@ def collect(folder: Path, against: Path | None = None) -> RunData:
         config=config.read_text(),
         curves=read_metrics(folder),
         events=events.read(folder / "events"),
-        scores=tuple(_scores(evaluation, others)),
+        scores=tuple(_scores(evaluation, others, name)),
         evaluated_on=f"{evaluation.get('samples', 0)} samples of the {evaluation['split']} split" if evaluation else "",
         examples=examples,
         blind=_blind(folder.resolve().parents[1] / "questions"),
@@ -94,8 +95,15 @@ def collect(folder: Path, against: Path | None = None) -> RunData:
         tables=_list(folder / "tables.json"),
         summary=_json(folder / "summary.json"),
         quarantined=_lines(folder / "quarantine.jsonl"),
-        against=against.name if against is not None else "",
+        against=name,
     )
+
+
+def _beside(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of the run that this one is always compared with, as its evaluation holds them."""
+    run = evaluation.get("beside", {}).get("run", "")
+    rows = evaluation.get("metrics", {})
+    return {name: {"value": row["also"][run]} for name, row in rows.items() if run in row.get("also", {})}
 
 
 def _comparable(folder: Path, evaluation: dict[str, Any], against: Path) -> dict[str, Any]:
@@ -120,7 +128,8 @@ def _blind(questions: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _scores(evaluation: dict[str, Any], others: dict[str, Any]) -> list[Score]:
+def _scores(evaluation: dict[str, Any], others: dict[str, Any], beside: str) -> list[Score]:
+    """``beside`` has a column of its own."""
     return [
         Score(
             name=name,
@@ -128,7 +137,7 @@ def _scores(evaluation: dict[str, Any], others: dict[str, Any]) -> list[Score]:
             baseline=None if row.get("baseline") is None else float(row["baseline"]),
             baseline_name=str(row.get("baseline_name", "")),
             better=str(row["better"]),
-            also=dict(row.get("also", {})),
+            also={run: value for run, value in row.get("also", {}).items() if run != beside},
             other=float(others[name]["value"]) if name in others else None,
         )
         for name, row in evaluation.get("metrics", {}).items()

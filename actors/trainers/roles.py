@@ -207,9 +207,11 @@ def read_settings(folder: Path, role: str) -> dict[str, Any] | None:
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Flat settings that decide what is trained. The data are named by the plan's digest, not by their place."""
+    recipe = dataclasses.asdict(config.recipe)
+    recipe["spa3_vlm"].pop("baseline")  # what a run is compared with
     chosen: dict[str, Any] = {
         "seed": config.seed,
-        "recipe": dataclasses.asdict(config.recipe),
+        "recipe": recipe,
         "model": dataclasses.asdict(config.model),
         "encoders": {
             name: {k: v for k, v in dataclasses.asdict(encoder).items() if k != "batch_size"}

@@ -1,0 +1,91 @@
+"""A language model with geometry is never judged alone: the plain finetune is trained first, and stands beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import configs
+from actors import driver
+from actors.evaluate import evaluate_run
+from actors.report.collect import collect
+from configs import ConfigError
+from models.pretrained import load_pretrained
+from models.spa3r.vlm.model import Spa3VLM
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+COMMON = (
+    "recipe=spa3_vlm", "size=tiny", "cluster=inline", "backend=single", "data.rooms.scenes=4", "data.rooms.views=6",
+    "data.rooms.width=64", "data.rooms.height=48", "encoders.patches.height=42", "encoders.patches.width=56",
+    "encoders.visual.side=56", "encoders.visual.height=28", "encoders.visual.width=56", "encoders.spa3r.weights=random",
+    "trainer.steps=2", "trainer.micro_batch=2", "trainer.warmup_steps=1", "trainer.checkpoint_every=0",
+    "trainer.validate_every=0", "trainer.threads=1", "trainer.log_every=1", "logger.tensorboard=false",
+    "logger.progress=off", "evaluate.samples=3", "generate.max_new_tokens=2",
+)  # fmt: skip
+NAME, PLAIN = "grounded", "grounded-plain"
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    driver.train(configs.load([*COMMON, f"name={NAME}", f"storage.root={folder}"]))
+    return folder
+
+
+def test_the_plain_finetune_is_trained_first_and_stands_beside_every_score(root: Path) -> None:
+    own, plain = judged(root / "runs" / NAME), judged(root / "runs" / PLAIN)
+    assert own["beside"]["run"] == PLAIN
+    assert "missing" not in own["beside"]
+    assert "beside" not in plain
+    assert plain["samples"] == own["samples"] > 0
+    assert any(name.startswith("answers/vsibench") for name in own["metrics"])
+    for name, row in own["metrics"].items():
+        assert row["also"][PLAIN] == plain["metrics"][name]["value"], name
+    assert own["metrics"]["text/ce"]["baseline"] == plain["metrics"]["text/ce"]["baseline"], "one start for both"
+    assert own["metrics"]["text/ce"]["value"] != plain["metrics"]["text/ce"]["value"]
+    saved = {name: configs.load(file=root / "runs" / name / "config.yaml") for name in (NAME, PLAIN)}
+    assert saved[PLAIN].recipe.spa3_vlm.geometry == "none"
+    assert list(saved[PLAIN].encoders) == ["visual"]
+    assert saved[PLAIN].trainer == saved[NAME].trainer
+    assert saved[PLAIN].data == saved[NAME].data
+    assert saved[PLAIN].seed == saved[NAME].seed
+    model = load_pretrained(root / "runs" / PLAIN / "weights" / "llm")
+    assert isinstance(model, Spa3VLM)
+    assert model.adapter is None
+    page = collect(root / "runs" / NAME)
+    assert page.against == PLAIN
+    assert all(score.other is not None and PLAIN not in score.also for score in page.scores)
+    assert f'<th class="number">{PLAIN}</th>' in (root / "runs" / NAME / "report" / "index.html").read_text()
+
+
+def test_a_plain_run_that_is_there_serves_again_and_is_judged_as_its_other(root: Path) -> None:
+    written = (root / "runs" / PLAIN / "evaluation.json").stat().st_mtime_ns
+    driver.train(configs.load([*COMMON, f"name={NAME}", f"storage.root={root}"]))
+    assert (root / "runs" / PLAIN / "evaluation.json").stat().st_mtime_ns == written, "neither trained nor judged again"
+    _, found = evaluate_run(str(root / "runs" / NAME), ["evaluate.samples=2"], split="val")
+    assert found["split"] == judged(root / "runs" / PLAIN)["split"] == "val"
+    assert found["beside"]["run"] == PLAIN
+    assert PLAIN in found["metrics"]["text/ce"]["also"]
+
+
+def test_another_run_can_be_named_and_must_be_a_plain_one(root: Path) -> None:
+    def load(baseline: str) -> configs.RunConfig:
+        return configs.load([*COMMON, "name=third", f"storage.root={root}", f"recipe.spa3_vlm.baseline={baseline}"])
+
+    with pytest.raises(ConfigError, match=r"'nobody'.*is not there.*no config\.yaml"):
+        driver.train(load("run:nobody"))
+    with pytest.raises(ConfigError, match=rf"'{NAME}' to compare with is of recipe spa3_vlm and no baseline"):
+        driver.train(load(f"run:{NAME}"))
+    evaluate_run(str(root / "runs" / PLAIN), [], split="test")
+    result = driver.train(load(f"run:{PLAIN}"))
+    assert PLAIN in result.metrics["text/ce"]["also"]
+    assert not (root / "runs" / "third-plain").exists()
