@@ -106,15 +106,19 @@ VERBS: Mapping[str, Verb] = {
     ),
     "ask": Verb(
         commands.ask,
-        "answer questions about pictures, or about an imagined view",
+        "answer questions about pictures, a video, a scene, or an imagined view",
         (
             _RUN,
             _option(
                 "--image",
                 metavar="IMAGE",
                 action="append",
-                required=True,
+                default=[],
                 help="picture file, or SOURCE/SCENE[:VIEW,VIEW] of the data (may be repeated)",
+            ),
+            _option("--video", metavar="PATH", default="", help="video file, or folder of its frames (a spa3_vlm run)"),
+            _option(
+                "--like", metavar="SOURCE", default="", help="choose its frames as those of this source of the data"
             ),
             _option("--question", metavar="TEXT", action="append", default=[], help="what to ask (may be repeated)"),
             _option("--questions", metavar="FILE", default="", help="questions, one a line"),

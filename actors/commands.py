@@ -46,8 +46,9 @@ def evaluate(args: argparse.Namespace) -> int:
 def _print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     width = max((len(name) for name in metrics), default=0) + 2
     for name, metric in metrics.items():
-        baseline = "" if metric["baseline"] is None else f"   {metric['baseline_name']} {metric['baseline']:.4g}"
-        print(f"{name:<{width}}{metric['value']:>10.4g}{baseline}")
+        named = {} if metric["baseline"] is None else {metric["baseline_name"]: metric["baseline"]}
+        beside = "; ".join(f"{what} {value:.4g}" for what, value in {**named, **metric.get("also", {})}.items())
+        print(f"{name:<{width}}{metric['value']:>10.4g}   {beside}".rstrip())
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def ask(args: argparse.Namespace) -> int:
-    """Answer questions about pictures or imagined views."""
+    """Answer questions about pictures, frames or imagined views."""
     from actors import ask as verb
 
     path, asked = verb.run(args)
@@ -88,6 +89,10 @@ def ask(args: argparse.Namespace) -> int:
         print(f"about {', '.join(part.views)}")
         for found in part.answers:
             print(f"  Q  {found.question}\n  A  {found.answer}")
+        for remark in part.remarks:
+            print(f"note: {remark}")
+        if part.features is not None:
+            print(f"features {part.features.cached} from the cache, {part.features.computed} computed")
     print(f"answers  {path}")
     return 0
 

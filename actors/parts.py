@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 IMAGINING = ("uniugg_joint", "uniugg_finetune", "uniugg_direct")
 """Recipes whose runs imagine views."""
 ANSWERING = ("uniugg_align", *IMAGINING)
-"""Recipes whose runs answer questions."""
+"""Recipes whose runs answer questions about pictures."""
+FRAMES = ("spa3_vlm",)
+"""Recipes whose runs answer questions about frames of a scene; see :mod:`actors.parts_vlm`."""
 _FAMILY: Mapping[str, str] = {"vit": "uniugg_vit", "vae": "uniugg_vae"}
 """Encoder of the configuration -> family of the part that a run trains."""
 _DESCRIBING = ("recipe", "size")
@@ -128,7 +130,7 @@ def find_parts(
     for name in wanted:
         if name in without or (name == "encoder" and name not in given and not _is_own_vit(config)):
             continue
-        found[name] = _resolve(given[name], config) if name in given else places[name]()
+        found[name] = part_folder(given[name], config) if name in given else places[name]()
         if not (found[name] / CONFIG).is_file():
             raise WeightsError(
                 f"part {name!r} is missing: {found[name]} holds none. Train it with `loom3d train "
@@ -171,7 +173,8 @@ def _encoder(config: RunConfig, name: str) -> Path:
     return Path(settings.weights)
 
 
-def _resolve(place: str | Path, config: RunConfig) -> Path:
+def part_folder(place: str | Path, config: RunConfig) -> Path:
+    """The folder that ``--part`` names: a folder, or ``run:NAME/PART`` of a part that a run left."""
     text = str(place)
     if text.startswith(RUN):
         name, _, part = text.removeprefix(RUN).partition("/")

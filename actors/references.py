@@ -60,6 +60,23 @@ def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None =
             raise ConfigError(f"--view is for scenes; {name} is a file")
         image = load_image(ImageRef(path=str(path)))
         return [Picture(name=path.name, image=image, K=camera_of(image, config.generate.fov), known_camera=False)]
+    scene_name, scene, chosen = _scene_views(name, config, views)
+    return [_view(scene, index, scene_name, config) for index in chosen]
+
+
+def find_images(name: str, config: RunConfig, *, views: Sequence[int] | None = None) -> list[tuple[str, ImageRef]]:
+    """Names and places of the pictures that :func:`read_pictures` reads, before they are read."""
+    if _is_file(name):
+        path = Path(name).expanduser().absolute()
+        if views is not None:
+            raise ConfigError(f"--view is for scenes; {name} is a file")
+        return [(path.name, ImageRef(path=str(path)))]
+    scene_name, scene, chosen = _scene_views(name, config, views)
+    return [(f"{scene_name}:{index}", _view_of(scene, index, scene_name).image) for index in chosen]
+
+
+def _scene_views(name: str, config: RunConfig, views: Sequence[int] | None) -> tuple[str, Scene, Sequence[int]]:
+    """The scene that ``SOURCE/SCENE[:VIEW,VIEW]`` names, and which of its views."""
     scene_name, _, listed = name.partition(":")
     if listed:
         views = _indices(name, listed)
@@ -67,7 +84,7 @@ def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None =
     if views is None:
         number = min(len(scene.views), _most_views(config))
         views = [round(place) for place in np.linspace(0, len(scene.views) - 1, number)]
-    return [_view(scene, index, scene_name, config) for index in views]
+    return scene_name, scene, views
 
 
 def read_picture(name: str, config: RunConfig, view: int | None = None) -> Picture:
@@ -131,10 +148,14 @@ def _scene(name: str, config: RunConfig) -> Scene:
     return found
 
 
-def _view(scene: Scene, index: int, name: str, config: RunConfig) -> Picture:
+def _view_of(scene: Scene, index: int, name: str) -> View:
     if not 0 <= index < len(scene.views):
         raise DataError(f"{name} has no view {index}; its views are 0 to {len(scene.views) - 1}")
-    view: View = scene.views[index]
+    return scene.views[index]
+
+
+def _view(scene: Scene, index: int, name: str, config: RunConfig) -> Picture:
+    view = _view_of(scene, index, name)
     image = load_image(view.image)
     K = camera_of(image, config.generate.fov) if view.K is None else torch.from_numpy(view.K.matrix())
     pose = None if view.pose is None else torch.tensor(view.pose, dtype=torch.float64)

@@ -13,7 +13,8 @@ from PIL import Image
 
 import configs
 from actors import cli
-from actors.ask import CAPTION, ask_imagined, ask_pictures, read_questions
+from actors.ask_views import ask_imagined, ask_pictures
+from actors.asked import CAPTION, read_questions
 from actors.parts import open_pipeline, text_columns
 from actors.references import read_picture
 from configs import RunConfig
@@ -80,7 +81,7 @@ def plainly(pipeline: Pipeline, config: RunConfig, question: str, tokens: torch.
     return text.decode(answer).strip()
 
 
-def test_answers_equal_those_without_a_cache(pipeline: Pipeline, config: RunConfig, pictures: list[str]):
+def test_answers_equal_those_without_a_cache(pipeline: Pipeline, config: RunConfig, pictures: list[str]) -> None:
     shown = [read_picture(name, config) for name in pictures]
     asked = ask_pictures(pipeline, config, shown, QUESTIONS)
     tokens = torch.cat([pipeline.see(pipeline.cut(p.image, p.K)[0][None]) for p in shown])
@@ -91,7 +92,9 @@ def test_answers_equal_those_without_a_cache(pipeline: Pipeline, config: RunConf
     assert all(len(a.answer) == 5 for a in asked.answers)
 
 
-def test_imagined_tokens_stand_where_a_picture_stood(pipeline: Pipeline, config: RunConfig, pictures: list[str]):
+def test_imagined_tokens_stand_where_a_picture_stood(
+    pipeline: Pipeline, config: RunConfig, pictures: list[str]
+) -> None:
     shown = read_picture(pictures[0], config)
     poses = torch.eye(4, dtype=torch.float64)[None].repeat(2, 1, 1)
     poses[1, 0, 3] = 0.4
@@ -109,7 +112,7 @@ def test_imagined_tokens_stand_where_a_picture_stood(pipeline: Pipeline, config:
 
 def test_the_command_prints_and_writes(
     folder: Path, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     (tmp_path / "questions.txt").write_text("How large is it?\n\n  What is behind?  \n")
     out = tmp_path / "answers.json"
     arguments = ["ask", "--run", str(folder), "--image", pictures[0], "--question", QUESTIONS[0]]
@@ -129,7 +132,7 @@ def test_the_command_prints_and_writes(
     assert json.loads(capsys.readouterr().out) == [asked]
 
 
-def test_a_scene_and_what_is_imagined_of_it(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_scene_and_what_is_imagined_of_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["ask", "--run", str(folder), "--question", QUESTIONS[1], "--json"]
     assert cli.main([*run, "--image", "rooms/room0_0000", *QUICK]) == 0
     (whole,) = json.loads(capsys.readouterr().out)
@@ -142,7 +145,7 @@ def test_a_scene_and_what_is_imagined_of_it(folder: Path, capsys: pytest.Capture
     assert json.loads((folder / "asked" / "room0_0000-0.json").read_text())["asked"] == [imagined]
 
 
-def test_stage_i_answers_too(tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]):
+def test_stage_i_answers_too(tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = make_run(tmp_path, "uniugg_align")
     assert cli.main(["ask", "--run", str(run), "--image", pictures[0], "--caption", *QUICK]) == 0
     assert CAPTION[0] in capsys.readouterr().out
@@ -150,7 +153,7 @@ def test_stage_i_answers_too(tmp_path: Path, pictures: list[str], capsys: pytest
     assert "uniugg_align, which cannot imagine views" in capsys.readouterr().err
 
 
-def test_captions_are_asked_as_they_were_taught():
+def test_captions_are_asked_as_they_were_taught() -> None:
     assert CAPTION[0] in PROMPTS
     assert CAPTION[1] in DESCRIBE
 
@@ -171,7 +174,7 @@ def test_captions_are_asked_as_they_were_taught():
 )
 def test_what_cannot_be_asked_is_one_message(
     folder: Path, pictures: list[str], arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     filled = [text.format(a=pictures[0], b=pictures[1]) for text in arguments]
     assert cli.main(["ask", "--run", str(folder), *filled]) == 2
     said = capsys.readouterr().err
@@ -179,7 +182,7 @@ def test_what_cannot_be_asked_is_one_message(
         assert word in said
 
 
-def test_a_file_without_questions_is_named(tmp_path: Path):
+def test_a_file_without_questions_is_named(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(DataError, match=r"none\.txt: holds no question"):
         read_questions([], str(tmp_path / "none.txt"))

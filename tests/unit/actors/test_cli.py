@@ -39,6 +39,8 @@ VERBS = {
             "--imagine",
             "--after-reference",
             "--json",
+            "--video",
+            "--like",
         ]
     ),
     "show-field": ["--config", "--debug", "--out", "--run", "--scene", "--sets", "--split", "overrides"],
