@@ -1,4 +1,8 @@
-"""The planned view sets of a source as requests, outside any run: for `features warm` and `features why`."""
+"""The view sets of a source as requests, outside any run: for `features warm` and `features why`.
+
+Sets of a scene are those that are planned; of an item (a conversation, whose pictures the encoder reads together) there
+is one, all of its pictures.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from configs.schema import RunConfig
-from services.contracts import FeatureRequest, PlanSample
+from services.contracts import FeatureRequest, PlanSample, Role
 from services.errors import ConfigError, DataError
-from services.features.requests import encoder_config
-from services.streams.inputs import kind_inputs
+from services.features.requests import encoder_config, feature_requests
+from services.streams.inputs import ALL, ITEM_KINDS, behind, kind_inputs, wanted_features
 from services.streams.requests import column_requests, reads_one_by_one
 from services.streams.sampling import sample_id, sampler
 from services.streams.view_walks import WalkSampler
@@ -68,6 +74,44 @@ def set_requests(
             f"where it has at least {made.sizes[-1]} views (recipe.view_set)"
         )
     return list(found.values())
+
+
+def item_requests(
+    config: RunConfig, encoder: str, source: str, manifest: Any, splits: Sequence[str] = ()
+) -> list[FeatureRequest]:
+    """What a run asks ``encoder``, or the one behind it that it declares, of all items of a source: a set of views an
+    item, each once however many conversations are about it.
+
+    ConfigError where the recipe reads only some of an item's views with it, which is no work for ahead.
+    """
+    found: dict[bytes, FeatureRequest] = {}
+    for kind, plain in _item_kinds(encoder, config):
+        made: Any = sampler(kind, config, source=source)
+        for entry in manifest.entries:
+            if not made.units(entry) or not entry.n_views or (splits and str(entry.split) not in splits):
+                continue
+            views = made.draw(entry.n_views, 0, np.random.default_rng(0)).views
+            if plain:
+                views = tuple(dataclasses.replace(view, role=Role.CONTEXT) for view in views)
+            name = sample_id(source, entry.id, kind, 0)
+            sample = PlanSample(id=name, source=source, item=entry.id, kind=kind, views=views, seed=0)
+            found |= {request.key.digest: request for request in feature_requests(sample, manifest, encoder, config)}
+    return list(found.values())
+
+
+def _item_kinds(encoder: str, config: RunConfig) -> list[tuple[str, bool]]:
+    """Kinds made of items that the run reads with ``encoder`` or one behind it, and whether every view is context."""
+    found = set()
+    for kind, feature in wanted_features(config):
+        if kind not in ITEM_KINDS or not any(encoder in behind(name, config) for name in feature.encoders):
+            continue
+        if feature.views != ALL:
+            raise ConfigError(
+                f"recipe {config.recipe.name} reads the views of role {feature.views} of a {kind} with encoder "
+                f"{encoder!r}: they are cached by running"
+            )
+        found.add((kind, feature.plain))
+    return sorted(found)
 
 
 def _samples(

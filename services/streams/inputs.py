@@ -7,7 +7,7 @@ else to know what a sample needs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from configs import ConfigError, RunConfig
@@ -19,7 +19,8 @@ JUDGE = "judge"
 """In the place of a role: what a recipe is judged by, where that is more than what its roles train on."""
 
 _AUGMENTED = frozenset({"pair", "view", "item"})
-_ITEM_KINDS = frozenset({"item", "conversation"})
+ITEM_KINDS = frozenset({"item", "conversation"})
+"""Kinds that are made of items, not of scenes."""
 _VIEW_AXES: Mapping[str, tuple[int | None, ...]] = {"view": (), "pair": (2,), "generation": (2,)}
 
 
@@ -302,12 +303,31 @@ def augmented_kinds(config: RunConfig, inputs: Inputs) -> frozenset[str]:
     return with_pixels if Augment(config.data.augment).active else frozenset()
 
 
-def entry_kinds(config: RunConfig, encoder: str) -> frozenset[str]:
-    """Kinds of entries of a manifest (scene, item) whose pictures ``encoder`` reads in this run."""
-    found = set()
+def behind(name: str, config: RunConfig) -> Iterator[str]:
+    """``name`` and, one after the other, the encoders that it reads from; unknown ones end it."""
+    while name in config.encoders:
+        yield name
+        name = config.encoders[name].upstream
+
+
+def wanted_features(config: RunConfig) -> Iterator[tuple[str, FeatureInput]]:
+    """(kind, features of an encoder) of every kind that the run draws, over all roles."""
     for role in recipe_roles(config):
         inputs = kind_inputs(config, role)
         for kind in wanted_kinds(config):
-            if kind in inputs and any(encoder in feature.encoders for feature in inputs[kind].features):
-                found.add("item" if kind in _ITEM_KINDS else "scene")
-    return frozenset(found)
+            for feature in inputs[kind].features if kind in inputs else ():
+                yield kind, feature
+
+
+def entry_kinds(config: RunConfig, encoder: str) -> frozenset[str]:
+    """Kinds of entries of a manifest (scene, item) whose pictures ``encoder`` reads in this run; those of the encoders
+    that read from it, where the recipe declares only these.
+    """
+    direct, through = set(), set()
+    for kind, feature in wanted_features(config):
+        entry = "item" if kind in ITEM_KINDS else "scene"
+        if encoder in feature.encoders:
+            direct.add(entry)
+        elif any(encoder in behind(name, config) for name in feature.encoders):
+            through.add(entry)
+    return frozenset(direct or through)

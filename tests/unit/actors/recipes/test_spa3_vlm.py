@@ -33,9 +33,12 @@ from services.data.sources import open_sources
 from services.errors import DataError
 from services.features.client import FeatureClient
 from services.features.encode import pin_weights
+from services.features.maintain import chosen_encoders, warm
 from services.features.sink import open_store
+from services.features.why import why
 from services.streams.frames import FrameTexts
 from services.streams.ledger import Ledger
+from tests.support.encoders import Counting
 
 TINY = [
     "recipe=spa3_vlm", "size=tiny", "data=corpus", "cluster=inline", "logger.progress=off",
@@ -218,6 +221,46 @@ def test_texts_that_do_not_match_the_frames_are_refused(feed: Feed) -> None:
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == feed.texts.columns.image_token_id, 7)
     with pytest.raises(ModelError, match=r"the text has 0 image tokens for 4 visual tokens"):
         built_of(feed).module(batch)
+
+
+@pytest.mark.parametrize(("geometry", "sets"), [("cross", "spa3r"), ("vggt", "views")])
+def test_what_was_warmed_is_all_that_training_reads(geometry: str, sets: str, root: Path, tmp_path: Path) -> None:
+    """Merged visual tokens picture by picture, and what is made of all frames together: once a set of frames."""
+    config = config_of(root, f"recipe.spa3_vlm.geometry={geometry}", f"cache.root={tmp_path}")
+    config = pin_weights(config)
+    manifests, store = open_sources(config), open_store(config)
+    assert store is not None
+    found = {name: warm(config, store, "corpus", manifests["corpus"], encoder=name) for name in chosen_encoders(config)}
+    assert {name: (report.inputs, report.encoded, report.broken) for name, report in found.items()} == {
+        "visual": (3, 3, {}),  # a.png, b.png and tall.png
+        sets: (2, found[sets].encoded, {}),  # the pair and tall.png, whatever is asked about them
+    }
+    before = warm(config, store, "corpus", manifests["corpus"], encoder="views", splits=["train"])
+    assert (before.inputs, before.stored, before.encoded) == (2, 2, 0), "VGGT's features are there, behind the latents"
+    counting = Counting()
+    with closing(FeatureClient(config, store, make_encoder=counting)) as client:
+        feed = Feed.open(config, manifests, client, store)
+        try:
+            plan = feed.plan(Split.TRAIN, complete=True)
+            with closing(feed.load(plan, ledger=Ledger(tmp_path / "broken.jsonl", max_broken=1.0, total=10))) as loader:
+                steps = [*loader]
+        finally:
+            feed.close()
+        assert [step.hit_rate for step in steps] == [1.0] * len(steps)
+        assert client.stats.encoded == client.stats.misses == 0
+        assert client.stats.hits > 0
+    assert not counting.counts
+
+
+def test_views_of_a_conversation_explain_themselves(root: Path, tmp_path: Path) -> None:
+    config = config_of(root, f"cache.root={tmp_path}")
+    manifests, store = open_sources(config), open_store(config)
+    assert store is not None
+    assert not why(config, store, manifests, "corpus/q0", encoder="spa3r").stored
+    warm(config, store, "corpus", manifests["corpus"], encoder="spa3r", splits=["train"])
+    found = why(config, store, manifests, "corpus/q0", encoder="spa3r")
+    assert found.stored
+    assert "view set 0" in str(found)
 
 
 def test_answers_read_the_frames_once_for_all_questions(feed: Feed) -> None:
