@@ -28,6 +28,8 @@ class TensorSpec:
 
     shape: tuple[int | None, ...]
     dtype: str
+    exact: bool = False
+    """Whether a cache must give it back bit for bit, as cameras and depths in metres: a lossy codec leaves it alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,14 +121,15 @@ def _widest(outputs: Mapping[str, TensorSpec], views: int) -> int:
 
 
 def record_bytes(outputs: Mapping[str, TensorSpec], codec: str, views: int = 0) -> int:
-    """Bytes of one record in the store: its tensors, or with fp8 one byte a number and a float32 scale a token.
+    """Bytes of one record in the store: its tensors, or with fp8 one byte a number and a float32 scale a token,
+    but for outputs that are to be exact.
 
     ``views`` are those of a view set, whose number is open in ``outputs``.
     """
     total = 0
     for spec in outputs.values():
         numbers = math.prod(views if axis is None else axis for axis in spec.shape)
-        if codec == "fp8_e4m3":
+        if codec == "fp8_e4m3" and not spec.exact:
             total += numbers + 4 * numbers // max(spec.shape[-1] or 1, 1)
         else:
             total += numbers * BYTES[spec.dtype]

@@ -150,7 +150,7 @@ def _behind_vae(name: str, settings: EncoderConfig, upstream: Mapping[str, Tenso
     assert isinstance(vae, nn.Module), "a registry entry builds a module"
     if settings.family == "uniugg_vae":
         shape = (latent, 2 * rows, 2 * columns)
-        outputs = {output: TensorSpec(shape=shape, dtype="float32") for output in ("mean", "logvar")}
+        outputs = {output: TensorSpec(shape=shape, dtype="float32", exact=True) for output in ("mean", "logvar")}
     else:
         outputs = {
             output: TensorSpec(shape=upstream[output].shape, dtype=settings.dtype) for output in ("tokens", "summary")

@@ -332,7 +332,7 @@ class UniuggPosterior(_BehindVae):
 
     def outputs(self) -> Mapping[str, TensorSpec]:  # noqa: D102
         shape = (self.part.settings["latent_channels"], 2 * self.rows, 2 * self.columns)
-        return {name: TensorSpec(shape=shape, dtype="float32") for name in ("mean", "logvar")}
+        return {name: TensorSpec(shape=shape, dtype="float32", exact=True) for name in ("mean", "logvar")}
 
     def tokens(self, tokens: Tensor) -> Tensor:
         """The mean alone; :meth:`encode` gives both."""

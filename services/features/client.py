@@ -344,7 +344,7 @@ class FeatureClient:
                 if not self._refused:
                     events.emit("cache_refused", time.time(), time.time(), error=str(error))
                 self._refused += len(kept)
-        return as_stored(answers, self.config)
+        return as_stored(answers, self.config, self._encoders[name])
 
     def _judge(self, name: str, verdict: str) -> None:
         if verdict:

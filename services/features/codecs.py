@@ -1,13 +1,15 @@
 """Codecs of stored tensors: ``none``, and ``fp8_e4m3`` with one scale a token, half the bytes of bfloat16.
 
-numpy only, because the processes that write and read the store need no torch. The error of a lossy codec is
-measured on every tensor at encoding and summed in the commit records, so that a namespace can report it.
-E4M3 follows the OCP 8-bit floating point specification (finite only, largest 448).
+Outputs that an encoder declares exact (cameras, depths, the moments of a latent) are stored as they are; the codec that
+a namespace names then says so: ``fp8_e4m3 except depth pose``. numpy only, because the processes that write and read
+the store need no torch. The error of a lossy codec is measured on every tensor at encoding and summed in the commit
+records, so that a namespace can report it. E4M3 follows the OCP 8-bit floating point specification (finite only,
+largest 448).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +22,7 @@ from services.errors import CacheError
 CODECS = ("none", "fp8_e4m3")
 _PREFIX = "fp8_e4m3:"
 _SCALE = ".scale"
+_EXCEPT = " except "
 _FLOATS = ("bfloat16", "float16", "float32")
 _LARGEST = np.float32(448.0)
 
@@ -79,8 +82,21 @@ def check_codec(name: str) -> str:
     return name
 
 
-def encode(codec: str, record: Mapping[str, Tensor]) -> tuple[Record, dict[str, CodecError]]:
-    """The record as it is stored, and the error of each coded tensor (empty for ``none``).
+def codec_label(codec: str, exact: Collection[str]) -> str:
+    """How a namespace names its codec, where the tensors ``exact`` of its records are not coded."""
+    return codec if codec == "none" or not exact else f"{codec}{_EXCEPT}{' '.join(sorted(exact))}"
+
+
+def parse_label(label: str) -> tuple[str, tuple[str, ...]]:
+    """Inverse of :func:`codec_label`."""
+    codec, _, exact = label.partition(_EXCEPT)
+    return codec, tuple(exact.split())
+
+
+def encode(
+    codec: str, record: Mapping[str, Tensor], exact: Collection[str] = ()
+) -> tuple[Record, dict[str, CodecError]]:
+    """The record as it is stored, and the error of each coded tensor (empty for ``none``); ``exact`` are not coded.
 
     Raises:
         CacheError: a tensor with NaN or infinity, or a name that the codec needs itself.
@@ -90,7 +106,7 @@ def encode(codec: str, record: Mapping[str, Tensor]) -> tuple[Record, dict[str, 
     stored: Record = {}
     errors: dict[str, CodecError] = {}
     for name, tensor in record.items():
-        if tensor.dtype not in _FLOATS or tensor.data.ndim == 0 or tensor.data.size == 0:
+        if name in exact or tensor.dtype not in _FLOATS or tensor.data.ndim == 0 or tensor.data.size == 0:
             stored[name] = tensor
             continue
         if name + _SCALE in record:

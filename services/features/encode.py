@@ -212,15 +212,21 @@ def ragged_length(name: str, config: RunConfig, *, sets: bool = False) -> int:
     return -(-(least + most) // 2) if sets else _RAGGED
 
 
-def as_stored(answers: Sequence[Answer], config: RunConfig) -> list[Answer]:
-    """Answers as the cache would give them back, so that a miss and a later hit are the same numbers.
+def exact_outputs(encoder: FrozenEncoder) -> frozenset[str]:
+    """Outputs that a lossy codec must leave alone."""
+    return frozenset(name for name, spec in encoder.outputs().items() if spec.exact)
+
+
+def as_stored(answers: Sequence[Answer], config: RunConfig, encoder: Encoder) -> list[Answer]:
+    """Answers of an encoder as the cache would give them back, so that a miss and a later hit are the same numbers.
 
     The store must get the records from before: coding twice is not coding once.
     """
     codec = stored_codec(config)
     if codec == "none":
         return list(answers)
-    return [codecs.decode(codecs.encode(codec, a)[0]) if isinstance(a, dict) else a for a in answers]
+    exact = exact_outputs(encoder.model)
+    return [codecs.decode(codecs.encode(codec, a, exact)[0]) if isinstance(a, dict) else a for a in answers]
 
 
 class Encoder:

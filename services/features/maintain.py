@@ -19,14 +19,14 @@ from services.data.digests import Digester
 from services.errors import ConfigError, DataError
 from services.features import codecs, journal
 from services.features.client import FeatureClient, FeaturePool
-from services.features.encode import Encoder, as_stored
+from services.features.encode import Encoder, as_stored, exact_outputs
 from services.features.eviction import GcReport
 from services.features.keys import fingerprint
 from services.features.requests import encoder_config, feature_requests
 from services.features.sink import StoreSink
 from services.features.store import FeatureStore
 from services.features.text_table import megabytes, text_table
-from services.features.view_sets import set_requests
+from services.features.view_sets import item_requests, set_requests
 from services.streams.inputs import entry_kinds, used_encoders
 
 Progress = Callable[[int, int], None]
@@ -85,19 +85,16 @@ def warm(
     progress: Progress | None = None,
 ) -> WarmReport:
     """Encode every picture of a source (of ``splits``, or all) whose features are not stored yet; of an encoder of
-    view sets, every planned set in every partition, as the recipe reads it.
+    view sets, every planned set in every partition and all pictures of every conversation, as the recipe reads it.
 
-    What is stored is left out, so an interrupted run goes on where it stopped. ``encoder`` defaults to the recipe's
-    (its first, where it has several). Where the recipe reads it for scenes alone, items are left out, and the other
-    way round. ConfigError for an encoder whose inputs depend on a run's plan (view sets that are not planned, texts).
+    What is stored is left out, so an interrupted run goes on where it stopped; what several entries show counts once.
+    ``encoder`` defaults to the recipe's (its first, where it has several). Where the recipe reads it for scenes alone,
+    items are left out, and the other way round. ConfigError for an encoder whose inputs depend on a run's plan (view
+    sets that are not planned, texts).
     """
     name = chosen_encoders(config, encoder)[0]
     started = time.monotonic()
-    if _reads(name, config) is InputKind.VIEWS:
-        requests = set_requests(config, name, source, manifest, splits)
-    else:
-        samples = _samples(source, manifest, splits, entry_kinds(config, name))
-        requests = [r for sample in samples for r in _of(sample, manifest, name, config)]
+    requests = _requests(name, config, source, manifest, splits)
     client = FeatureClient(config, store, pool=pool)
     # As many at a time as keep the encoder, or all replicas, busy.
     size = max(1, encoder_config(name, config).batch_size) * max(1, 2 * config.service.replicas)
@@ -130,6 +127,17 @@ def warm(
     )
 
 
+def _requests(name: str, config: RunConfig, source: str, manifest: Any, splits: Sequence[str]) -> list[FeatureRequest]:
+    """All that a run asks of an encoder about a source, each input once."""
+    kinds = entry_kinds(config, name)
+    if _reads(name, config) is InputKind.VIEWS:
+        found = item_requests(config, name, source, manifest, splits) if "item" in kinds else []
+        return found if kinds == {"item"} else [*found, *set_requests(config, name, source, manifest, splits)]
+    samples = _samples(source, manifest, splits, kinds)
+    requests = [request for sample in samples for request in feature_requests(sample, manifest, name, config)]
+    return list({request.key.digest: request for request in requests}.values())
+
+
 def _reads(name: str, config: RunConfig) -> InputKind:
     """What the first encoder of the chain reads, pictures or view sets. ConfigError for texts, which no source has."""
     settings = encoder_config(name, config)
@@ -150,10 +158,6 @@ def _samples(source: str, manifest: Any, splits: Sequence[str], kinds: Collectio
             views = tuple(ViewRole(index=index) for index in range(entry.n_views))
             if views:
                 yield PlanSample(id=f"{source}/{entry.id}", source=source, item=entry.id, kind="", views=views, seed=0)
-
-
-def _of(sample: PlanSample, manifest: Any, name: str, config: RunConfig) -> list[FeatureRequest]:
-    return feature_requests(sample, manifest, name, config)
 
 
 # --- stats -----------------------------------------------------------------------------------------------------------
@@ -235,7 +239,11 @@ def stats(config: RunConfig, store: FeatureStore) -> StatsReport:
 
 def _fingerprints(config: RunConfig, store: FeatureStore) -> dict[str, str]:
     sink = StoreSink(config, store)
-    return {name: fingerprint(sink.model(name).identity(), store.codec) for name in config.encoders}
+    models = {name: sink.model(name) for name in config.encoders}
+    return {
+        name: fingerprint(model.identity(), codecs.codec_label(store.codec, exact_outputs(model)))
+        for name, model in models.items()
+    }
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -314,7 +322,7 @@ def _verify(
         else:
             changed.append(request.sample_id)
     model = Encoder(name, config)
-    answers = as_stored(model.encode(checked), config)
+    answers = as_stored(model.encode(checked), config, model)
     model.close()
     drift: dict[str, Drift] = {}
     for record, answer in zip(namespace.get_many([request.key for request in checked]), answers, strict=True):

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,10 +59,18 @@ class Namespace:
     """
 
     def __init__(
-        self, store: FeatureStore, identity: Mapping[str, Any], fingerprint: str, *, create: bool = True
+        self,
+        store: FeatureStore,
+        identity: Mapping[str, Any],
+        fingerprint: str,
+        *,
+        exact: Collection[str] = (),
+        create: bool = True,
     ) -> None:
         self.fingerprint = fingerprint
         self.identity = dict(identity)
+        self.exact = frozenset(exact)
+        """Tensors that no codec touches."""
         self.folder: Path = store.root / fingerprint
         self._store = store
         self._quarantine = Quarantine(self.folder)
@@ -173,7 +181,7 @@ class Namespace:
         if self._index.find(digest) is not None:
             self._sealing.acknowledge(digest)
             return True
-        stored, errors = codecs.encode(self._store.codec, checked)
+        stored, errors = codecs.encode(self._store.codec, checked, self.exact)
         if not self._store.budget.admit(eviction.record_bytes(stored), self.fingerprint):
             self._count(refused=1)
             return False
@@ -294,7 +302,7 @@ class Namespace:
             self._index.drop_shard(shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._store, self.identity)
+        return _reopen, (self._store, self.identity, self.exact)
 
     def _local(self, digest: bytes, into: Mapping[str, np.ndarray] | None) -> tuple[Record, int] | None:
         while (place := self._index.find(digest)) is not None:
@@ -351,7 +359,8 @@ class Namespace:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         path = self.folder / "identity.json"
         if not path.exists():
-            text = json.dumps(namespace_identity(self.identity, self._store.codec), indent=1, sort_keys=True)
+            codec = codecs.codec_label(self._store.codec, self.exact)
+            text = json.dumps(namespace_identity(self.identity, codec), indent=1, sort_keys=True)
             temporary = self.folder / "tmp" / f"{os.urandom(8).hex()}.{owner_tag()}.json.tmp"
             write_durable(path, text.encode(), temporary)
 
@@ -361,5 +370,5 @@ class Namespace:
                 self._counts[name] += value
 
 
-def _reopen(store: FeatureStore, identity: Mapping[str, Any]) -> Namespace:
-    return store.open(identity)
+def _reopen(store: FeatureStore, identity: Mapping[str, Any], exact: frozenset[str]) -> Namespace:
+    return store.open(identity, exact)

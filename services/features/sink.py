@@ -14,7 +14,7 @@ from models.encoders.base import FrozenEncoder
 from services.contracts import CacheStats, FeatureKey, FeatureRequest, Record
 from services.errors import CacheError
 from services.features import journal
-from services.features.encode import Answer, Encoder, as_stored, build_encoder
+from services.features.encode import Answer, Encoder, as_stored, build_encoder, exact_outputs
 from services.features.keys import key_array
 from services.features.store import FeatureStore
 
@@ -77,7 +77,7 @@ class StoreSink:
         model = self.model(name)
         with self._lock:
             if name not in self._namespaces:
-                namespace = self.store.open(model.identity())
+                namespace = self.store.open(model.identity(), exact_outputs(model))
                 try:
                     self._leases.append(self.store.lease([namespace.fingerprint]))
                 except CacheError as error:
@@ -164,11 +164,11 @@ class StoredUpstream:
     def __call__(self, requests: Sequence[FeatureRequest]) -> list[Answer]:
         """One answer a request, in order."""
         if self._sink is None or all(request.passing for request in requests):
-            return as_stored(self._encoder.encode(requests), self._config)
+            return as_stored(self._encoder.encode(requests), self._config, self._encoder)
         stored: list[Answer | None] = list(self._sink.get_many(self.name, requests))
         missing = [i for i, record in enumerate(stored) if record is None]
         answers = self._encoder.encode([requests[i] for i in missing])
-        for i, answer, given in zip(missing, answers, as_stored(answers, self._config), strict=True):
+        for i, answer, given in zip(missing, answers, as_stored(answers, self._config, self._encoder), strict=True):
             stored[i] = given
             if not requests[i].passing:
                 self._sink.remember([requests[i]], [given])

@@ -21,7 +21,7 @@ from typing import Any
 from configs.schema import CacheConfig, RunConfig
 from services.errors import CacheError
 from services.features import eviction, forks, maintenance
-from services.features.codecs import check_codec
+from services.features.codecs import check_codec, codec_label
 from services.features.commits import write_durable
 from services.features.eviction import Budget, GcReport
 from services.features.keys import LAYOUT_VERSION, fingerprint
@@ -125,12 +125,14 @@ class FeatureStore:
         """See services.features.forks."""
         self._lock = threading.Lock()
 
-    def open(self, identity: Mapping[str, Any]) -> Namespace:
-        """The namespace of an encoder's identity; the same object for the same identity."""
-        name = fingerprint(identity, self.codec)
+    def open(self, identity: Mapping[str, Any], exact: Collection[str] = ()) -> Namespace:
+        """The namespace of an encoder's identity, the same object for the same arguments; the tensors ``exact`` of its
+        records are never coded.
+        """
+        name = fingerprint(identity, codec_label(self.codec, exact))
         with self._lock:
             if name not in self._namespaces:
-                self._namespaces[name] = Namespace(self, identity, name)
+                self._namespaces[name] = Namespace(self, identity, name, exact=exact)
             return self._namespaces[name]
 
     def lease(self, fingerprints: Iterable[str], lasts_s: float = LEASE_S) -> Lease:

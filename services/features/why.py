@@ -12,6 +12,7 @@ from configs.schema import RunConfig
 from services.contracts import FeatureRequest, ImageRef, PlanSample, ViewRole
 from services.errors import DataError
 from services.features import journal
+from services.features.codecs import codec_label, parse_label
 from services.features.keys import namespace_identity
 from services.features.maintain import chosen_encoders
 from services.features.requests import feature_requests
@@ -149,11 +150,12 @@ def _explain(request: FeatureRequest, identity: Mapping[str, Any], namespace: An
 def _same_key_elsewhere(
     request: FeatureRequest, identity: Mapping[str, Any], namespace: Any, store: FeatureStore
 ) -> Iterator[tuple[str, tuple[Difference, ...]]]:
-    wanted = _flat(namespace_identity(identity, store.codec))
+    wanted = _flat(namespace_identity(identity, codec_label(store.codec, namespace.exact)))
     for info in store.namespaces():
         if info.fingerprint == namespace.fingerprint or not info.identity:
             continue
-        there = FeatureStore(store.root, codec=info.identity["codec"]).open(info.identity["identity"])
+        codec, exact = parse_label(info.identity["codec"])
+        there = FeatureStore(store.root, codec=codec).open(info.identity["identity"], exact)
         if there.fingerprint == info.fingerprint and bool(there.contains([request.key])[0]):
             yield info.fingerprint, _differences(wanted, _flat(info.identity))
 

@@ -177,7 +177,7 @@ class EncoderWorker:
         if outcome.failure is None:
             answers: Sequence[Answer] = outcome.unwrap()
             self._keep(batch, answers)
-            answers = as_stored(answers, self.config)
+            answers = as_stored(answers, self.config, self.encoder(name))
         else:
             # Of the encoder, not of an input: the client may try another replica.
             answers = [ServiceError(f"encoder {name!r} failed: {outcome.failure}")] * len(batch)

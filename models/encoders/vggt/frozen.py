@@ -225,10 +225,10 @@ class VggtViews(FrozenEncoder):
         _, rows, columns, width = self.shape
         found = {
             "tokens": TensorSpec(shape=(views, 1, rows, columns, 2 * width), dtype=self.dtype_name),
-            "pose": TensorSpec(shape=(views, ENCODING), dtype="float32"),
+            "pose": TensorSpec(shape=(views, ENCODING), dtype="float32", exact=True),
         }
         if self.depth:
-            found["depth"] = TensorSpec(shape=(views, rows, columns), dtype="float32")
+            found["depth"] = TensorSpec(shape=(views, rows, columns), dtype="float32", exact=True)
         return found
 
     def prepare(

@@ -186,6 +186,8 @@ def test_fp8_records_are_about_half() -> None:
     tokens = 4 * 16 * 16 + 1
     assert plain == 2 * tokens * 384
     assert small == tokens * (384 + 4)
+    exact = {"pose": TensorSpec(shape=(None, 9), dtype="float32", exact=True)}
+    assert record_bytes(exact, "fp8_e4m3", 3) == record_bytes(exact, "none", 3) == 3 * 9 * 4
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

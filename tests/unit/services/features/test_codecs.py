@@ -88,6 +88,29 @@ def test_what_is_no_float_passes_through() -> None:
     assert encode("none", record)[0] == record
 
 
+def test_exact_tensors_are_left_alone() -> None:
+    pose = Tensor(data=np.linspace(-3, 3, 18, dtype=np.float32).reshape(2, 9), dtype="float32")
+    tokens = Tensor(data=np.linspace(-3, 3, 16, dtype=np.float32).reshape(2, 8), dtype="float32")
+    stored, errors = encode("fp8_e4m3", {"pose": pose, "tokens": tokens}, exact=("depth", "pose"))
+    assert set(errors) == {"tokens"}
+    assert set(stored) == {"pose", "tokens", "tokens.scale"}
+    assert np.array_equal(decode(stored)["pose"].data, pose.data)
+    assert not np.array_equal(decode(stored)["tokens"].data, tokens.data)
+
+
+@pytest.mark.parametrize(
+    ("codec", "exact", "label"),
+    [
+        ("none", ("pose",), "none"),
+        ("fp8_e4m3", (), "fp8_e4m3"),
+        ("fp8_e4m3", {"pose", "depth"}, "fp8_e4m3 except depth pose"),
+    ],
+)
+def test_a_namespace_says_what_is_not_coded(codec: str, exact: set[str], label: str) -> None:
+    assert codecs.codec_label(codec, exact) == label
+    assert codecs.parse_label(label) == (codec, tuple(sorted(exact)) if codec != "none" else ())
+
+
 def test_refusals() -> None:
     bad = Tensor(data=np.array([[1.0, np.nan]], np.float32), dtype="float32")
     with pytest.raises(CacheError, match="'x' holds NaN or infinity"):

@@ -133,13 +133,14 @@ def test_the_service_keeps_upstream_records_and_reads_them(make_config, make_req
 
 def test_a_lossy_codec_is_applied_once_and_errors_pass(make_config, make_requests):
     config = make_config(cache={"codec": "fp8_e4m3"})
-    (record,) = Encoder("features", config).encode(make_requests(1))
+    encoder = Encoder("features", config)
+    (record,) = encoder.encode(make_requests(1))
     error = DataError("x")
-    lossy, same = as_stored([record, error], config)
+    lossy, same = as_stored([record, error], config, encoder)
     assert same is error
     assert not np.array_equal(lossy["tokens"].data, record["tokens"].data)
     np.testing.assert_allclose(lossy["tokens"].data, record["tokens"].data, atol=0.2)
-    exact = as_stored([record], make_config())[0]
+    exact = as_stored([record], make_config(), encoder)[0]
     assert exact is record
 
 

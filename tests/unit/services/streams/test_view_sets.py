@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +20,7 @@ from configs import ConfigError, RunConfig
 from services.contracts import ImageRef, PlanSample, Role, Scene, View, ViewRole
 from services.errors import DataError
 from services.features.client import FeatureClient
-from services.features.encode import Encoder
+from services.features.encode import Encoder, as_stored
 from services.features.maintain import warm
 from services.features.requests import feature_requests, view_requests
 from services.features.sink import open_store
@@ -34,6 +33,7 @@ from services.streams.loader import Loader
 from services.streams.plan import EpochPlan
 from services.streams.requests import column_requests
 from services.streams.targets import Targets
+from tests.support.encoders import Counting
 from tests.support.films import write_video
 from tests.unit.services.streams.small_world import SmallManifest
 
@@ -89,23 +89,6 @@ def sample(*views: int, targets: tuple[int, ...] = (), item: str = "room0") -> P
 def key(config: RunConfig, manifest: Manifest, *views: int, targets: tuple[int, ...] = ()) -> bytes:
     (request,) = feature_requests(sample(*views, targets=targets), manifest, "views", config)
     return request.key.digest
-
-
-class Counting:
-    """Makes encoders and counts what they encode."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def __call__(self, name: str, config: RunConfig, **options: Any) -> Any:
-        counts = self.counts
-
-        class Counted(Encoder):
-            def encode(self, requests: Any) -> Any:
-                counts[name] += len(requests)
-                return super().encode(requests)
-
-        return Counted(name, config, **options)
 
 
 @pytest.fixture
@@ -266,6 +249,39 @@ def test_latents_of_another_fingerprint_are_not_taken(config, manifest) -> None:
     assert not found.stored
     assert "the fingerprint differs in" in str(found)
     assert "identity.weights" in str(found)
+
+
+def test_a_lossy_cache_keeps_cameras_and_depth_to_the_bit(tmp_path, manifest, counting) -> None:
+    """Features are coded; poses and depths are metric, and come back as they were."""
+    lossy = config_of(tmp_path / "lossy", "cache=fp8")
+    store, one = open_store(lossy), sample(0, 1, 2, targets=(1,))
+    with closing(FeatureClient(lossy, store, make_encoder=counting)) as client:
+        made = batch_of(lossy, manifest, one, client)
+        client.sink.flush()
+    with closing(FeatureClient(lossy, open_store(lossy), make_encoder=counting)) as client:
+        before = dict(counting.counts)
+        read = batch_of(lossy, manifest, one, client)
+        assert dict(counting.counts) == before, "the second time is a hit"
+        (request,) = feature_requests(one, manifest, "views", lossy)
+        views = client.sink.namespace("views")
+        (stored,) = views.get_many([request.key])
+    assert all(torch.equal(made[name], read[name]) for name in made), "a miss and a hit are the same numbers"
+    # What the network gave, before any codec: its patches were coded, as its fingerprint says.
+    (raw,) = Encoder("views", lossy, upstream=coded_patches(lossy)).encode([request])
+    assert all(np.array_equal(raw[name].data, stored[name].data) for name in ("pose", "depth"))
+    assert not np.array_equal(raw["tokens"].data, stored["tokens"].data)
+    assert views.exact == {"pose", "depth"}
+    assert set(views.disk_stats().codec_error) == {"tokens"}
+    assert views.identity["upstream_codec"] == "fp8_e4m3"
+    label = next(i.identity["codec"] for i in store.namespaces() if i.fingerprint == views.fingerprint)
+    assert label == "fp8_e4m3 except depth pose"
+    (reason,) = why(lossy, store, {"rooms": manifest}, "rooms/room1#view_set0", encoder="views").reasons
+    assert not reason.stored
+
+
+def coded_patches(config: RunConfig) -> Any:
+    patches = Encoder("patches", config)
+    return lambda requests: as_stored(patches.encode(requests), config, patches)
 
 
 def test_only_planned_sets_can_be_made_ahead(tmp_path, manifest) -> None:
