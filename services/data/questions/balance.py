@@ -13,6 +13,7 @@ import numpy as np
 
 from services.contracts import Question
 from services.data.questions.draft import Draft, generator
+from services.data.questions.single import NO, PRESENCE, SCENE_TYPE, YES
 
 LETTERS = "ABCDEFGH"
 SMALL_VOCABULARY = 4
@@ -47,6 +48,10 @@ def _select(kind: str, drafts: list[Draft]) -> list[Draft]:
     if drafts and drafts[0].wrong:
         # Route plans have one gap or two: each length is balanced by itself.
         return cap_each(drafts, lambda draft: draft.answer.count(","), lambda draft: draft.answer)
+    if kind == PRESENCE:
+        return even(drafts, lambda draft: draft.text, lambda draft: draft.answer, (YES, NO))
+    if kind == SCENE_TYPE:
+        return cap(drafts, lambda draft: draft.answer)
     same_text = cap_each(drafts, lambda draft: draft.text, lambda draft: value_bin(draft.answer))
     return cap(same_text, lambda draft: value_bin(draft.answer))
 
@@ -87,6 +92,22 @@ def cap_each(
         groups[group(draft)].append(draft)
     kept = {id(draft) for members in groups.values() for draft in cap(members, answer)}
     return [draft for draft in drafts if id(draft) in kept]
+
+
+def even(
+    drafts: Sequence[Draft],
+    group: Callable[[Draft], Hashable],
+    answer: Callable[[Draft], Hashable],
+    answers: Sequence[Hashable],
+) -> list[Draft]:
+    """As many drafts of every answer in each group as it has of the rarest; a group that lacks an answer goes."""
+    counts = Counter((group(draft), answer(draft)) for draft in drafts)
+    kept, taken = [], Counter[tuple[Hashable, Hashable]]()
+    for draft in drafts:
+        taken[group(draft), answer(draft)] += 1
+        if taken[group(draft), answer(draft)] <= min(counts[group(draft), value] for value in answers):
+            kept.append(draft)
+    return kept
 
 
 def limit_success(drafts: Sequence[Draft], word: Callable[[str], str]) -> list[Draft]:

@@ -16,7 +16,7 @@ from services.data.manifest import Manifest
 from services.data.questions.write import annotate, write_annotations
 from services.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same scenes get other questions or captions."""
 
 

@@ -19,11 +19,15 @@ from services.data.questions.balance import balance
 from services.data.questions.blind import BlindScore, blind_scores, scene_of
 from services.data.questions.draft import Draft
 from services.data.questions.facts import Facts, gather
+from services.data.questions.single import PRESENCE, SCENE_TYPE, SINGLE_TYPES, single_questions
 from services.data.questions.views import ViewCaption, view_captions
 
 OPENING = "The pictures were taken one after the other on a walk through one place."
 ASK_NUMBER = "Answer with the number alone."
 ASK_LETTER = "Answer with the letter of the right option alone."
+ASK_WORD = "Answer in a word or two."
+WORDS = frozenset({SCENE_TYPE, PRESENCE})
+"""Types whose answers are words."""
 DESCRIBE = ("Describe the place in one sentence.", "What kind of place is it, and how large is its floor?")
 
 
@@ -36,6 +40,8 @@ class Annotations:
     expressions: dict[str, tuple[ReferringExpression, ...]]
     captions: dict[str, tuple[str, ...]]
     view_captions: dict[str, tuple[ViewCaption, ...]]
+    single: tuple[Question, ...]
+    """Questions about single pictures, balanced over the source."""
     views: dict[str, tuple[int, ...]]
     """The views of each scene that all of this is about."""
 
@@ -78,40 +84,39 @@ def annotate(
 
     DataError names a mask or mesh that cannot be read. ``progress`` is called with the id of each finished scene.
     """
-    kept: dict[str, Scene] = {}
-    drafts: list[Draft] = []
-    expressions, captions, seen, views = {}, {}, {}, {}
+    known: dict[str, Facts] = {}
     for scene in scenes:
         if not scene.instances or all(view.instance_path is None for view in scene.views):
             continue
-        facts = gather(scene, config)
-        kept[scene.id] = scene
-        drafts += draft_questions(facts, config)
-        expressions[scene.id] = tuple(referring.referring_expressions(facts, config.seed, 2 * config.per_scene))
-        captions[scene.id] = referring.captions(facts)
-        seen[scene.id] = view_captions(facts, config.seed)
-        views[scene.id] = facts.views
+        known[scene.id] = gather(scene, config)
         if progress is not None:
             progress(scene.id)
-    questions = tuple(balance(drafts, config.seed))
+    seed, limit = config.seed, config.per_scene
+    labels = sorted({thing.label for facts in known.values() for thing in facts.visible})
+    drafts = [draft for facts in known.values() for draft in draft_questions(facts, config)]
+    single = [draft for facts in known.values() for draft in single_questions(facts, labels, seed, limit)]
     return Annotations(
-        scenes=kept,
-        questions=questions,
-        expressions=expressions,
-        captions=captions,
-        view_captions=seen,
-        views=views,
+        scenes={name: facts.scene for name, facts in known.items()},
+        questions=tuple(balance(drafts, seed)),
+        expressions={
+            name: tuple(referring.referring_expressions(facts, seed, 2 * limit)) for name, facts in known.items()
+        },
+        captions={name: referring.captions(facts) for name, facts in known.items()},
+        view_captions={name: view_captions(facts, seed) for name, facts in known.items()},
+        single=tuple(balance(single, seed)),
+        views={name: facts.views for name, facts in known.items()},
     )
 
 
 def conversation(scene: Scene, question: Question) -> dict[str, Any]:
     """One line: a conversation of two turns, with one ``<image>`` for each entry of ``images``, and plain fields."""
     views = question.views or tuple(range(len(scene.views)))
-    lines = ["<image>" * len(views), OPENING, question.text]
+    alone = question.type in SINGLE_TYPES
+    lines = ["<image>" * len(views), *(() if alone else (OPENING,)), question.text]
     if question.options:
         lines += ["Options:", *question.options, ASK_LETTER]
     else:
-        lines.append(ASK_NUMBER)
+        lines.append(ASK_WORD if question.type in WORDS else ASK_NUMBER)
     return {
         **_exchange(question.id, scene, "\n".join(lines), question.answer, views),
         "question_type": question.type,
@@ -171,17 +176,16 @@ def write_jsonl(lines: Iterable[dict[str, Any]], path: Path) -> int:
 def write_annotations(annotations: Annotations, folder: Path) -> dict[str, dict[str, BlindScore]]:
     """Write everything into ``folder``; returns the blind scores by split and question type, as in ``blind.jsonl``.
 
-    Conversations for each split: ``questions-<split>.jsonl``, ``views-<split>.jsonl`` (captions of single pictures) and
-    ``scenes-<split>.jsonl`` (captions of whole scenes). For all of them: ``expressions.jsonl``, ``captions.jsonl``,
-    ``blind.jsonl``.
+    Conversations for each split: ``questions-<split>.jsonl`` (about whole scenes), ``single-<split>.jsonl`` (about
+    single pictures), ``views-<split>.jsonl`` (captions of single pictures) and ``scenes-<split>.jsonl`` (captions of
+    whole scenes). For all of them: ``expressions.jsonl``, ``captions.jsonl``, ``blind.jsonl``.
     """
-    by_split: dict[str, list[Question]] = {}
-    for question in annotations.questions:
-        by_split.setdefault(_split_name(annotations.scenes[scene_of(question)]), []).append(question)
-    for name, questions in sorted(by_split.items()):
-        lines = (conversation(annotations.scenes[scene_of(question)], question) for question in questions)
-        write_jsonl(lines, folder / f"questions-{name}.jsonl")
-    scores = {name: blind_scores(questions) for name, questions in sorted(by_split.items())}
+    by_split = _questions_by_split(annotations, annotations.questions)
+    for file, asked in (("questions", by_split), ("single", _questions_by_split(annotations, annotations.single))):
+        for name, questions in asked.items():
+            lines = (conversation(annotations.scenes[scene_of(question)], question) for question in questions)
+            write_jsonl(lines, folder / f"{file}-{name}.jsonl")
+    scores = {name: blind_scores(questions) for name, questions in by_split.items()}
     write_jsonl(
         (
             {"scene": scene, "text": expression.text, "spans": [list(span) for span in expression.spans]}
@@ -218,6 +222,13 @@ def write_annotations(annotations: Annotations, folder: Path) -> dict[str, dict[
 
 def _split_name(scene: Scene) -> str:
     return "all" if scene.split is None else str(scene.split)
+
+
+def _questions_by_split(annotations: Annotations, questions: Sequence[Question]) -> dict[str, list[Question]]:
+    found: dict[str, list[Question]] = {}
+    for question in questions:
+        found.setdefault(_split_name(annotations.scenes[scene_of(question)]), []).append(question)
+    return dict(sorted(found.items()))
 
 
 def _by_split(annotations: Annotations) -> dict[str, list[Scene]]:

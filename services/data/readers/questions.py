@@ -6,6 +6,7 @@ Options:
   ``storage.root``, as `loom3d data questions` makes them; ``data.questions`` says how. Without it ``root`` is a folder
   that `loom3d data questions` wrote.
 - ``questions`` (default true): the question types of VSI-Bench, with exact answers that can be scored.
+- ``single`` (default false): questions about single pictures: the kind of place, whether an object is there, how many.
 - ``views`` (default false): for each view what can be seen in it, one picture a conversation.
 - ``scenes`` (default false): captions of whole scenes.
 - ``max_views`` (default 0: ``data.questions.max_views``): at most this many pictures, evenly spaced, stand for a scene;
@@ -25,7 +26,7 @@ from services.data.readers.corpus import CorpusReader
 from services.data.readers.corpus_files import JsonLines, Records
 from services.errors import ConfigError
 
-PARTS = ("questions", "views", "scenes")
+PARTS = ("questions", "single", "views", "scenes")
 """Options, and the beginnings of the names of the files that they choose."""
 
 
@@ -35,7 +36,7 @@ class QuestionsReader(CorpusReader):
     version: ClassVar[int] = 1
     shares_pictures: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {
-        "of": "", "questions": True, "views": False, "scenes": False, "max_views": 0, "images": "",
+        "of": "", "questions": True, "single": False, "views": False, "scenes": False, "max_views": 0, "images": "",
     }  # fmt: skip
 
     @cached_property

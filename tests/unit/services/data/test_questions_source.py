@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from services.contracts import Item, Question, Scene, Split
 from services.data.checks import run_check
 from services.data.images import load_ids
 from services.data.manifest import Manifest
+from services.data.questions.draft import plural
 from services.data.questions.facts import Facts, Thing
+from services.data.questions.single import single_questions
 from services.data.questions.views import view_captions
 from services.data.readers import open_reader
 from services.data.show import run_show
@@ -127,8 +130,70 @@ def test_captions_of_views_by_hand() -> None:
     assert len({c.prompt for seed in range(20) for c in view_captions(facts, seed)}) > 1
 
 
+def test_questions_about_one_picture_by_hand() -> None:
+    things = [
+        Thing(id=1, label="chair", box=None, share=np.array([0.1, 0.0, 0.001])),
+        Thing(id=2, label="chair", box=None, share=np.array([0.1, 0.3, 0.0])),
+        Thing(id=3, label="bed", box=None, share=np.array([0.2, 0.001, 0.0])),
+    ]
+    scene = Scene(id="s", views=(), scene_type="Bedroom")
+    facts = Facts(scene=scene, views=(0, 5, 9), things=tuple(things), min_visible=0.002)
+    drafts = single_questions(facts, ["bed", "chair", "oven"], 0, 8)
+    assert {(d.views[0], d.answer) for d in drafts if d.type == "scene_type"} == {(0, "bedroom"), (5, "bedroom")}
+    # Of the bed in view 5 and the chair in view 9 a little can be seen: nobody is asked whether they are there.
+    assert {(d.views[0], d.text, d.answer) for d in drafts if d.type == "object_presence"} == {
+        (0, "Is there a chair in the picture?", "yes"),
+        (0, "Is there a bed in the picture?", "yes"),
+        (5, "Is there a chair in the picture?", "yes"),
+        (0, "Is there an oven in the picture?", "no"),
+        (5, "Is there an oven in the picture?", "no"),
+        (9, "Is there an oven in the picture?", "no"),
+        (9, "Is there a bed in the picture?", "no"),
+    }
+    assert {(d.views[0], d.text, d.answer) for d in drafts if d.type == "object_count"} == {
+        (0, "How many chairs are in the picture?", "2"),
+        (0, "How many beds are in the picture?", "1"),
+        (5, "How many chairs are in the picture?", "1"),
+    }
+    assert single_questions(facts, ["oven", "chair", "bed"], 0, 8) == drafts
+    assert len([d for d in single_questions(facts, ["oven"], 0, 1) if d.type == "scene_type"]) == 1
+
+
+def test_questions_about_one_picture_are_true_and_balanced(config: RunConfig) -> None:
+    single = asked(questions=False, single=True)
+    many = dataclasses.replace(config.data, questions=QuestionsConfig(per_scene=200))
+    manifests = open_sources(with_sources(dataclasses.replace(config, data=many), rooms=SourceConfig(), single=single))
+    words: Counter[tuple[str, str, str]] = Counter()
+    for item in items(manifests["single"]):
+        question = item.question
+        assert question is not None
+        assert len(item.images) == 1
+        assert item.turns[-1].text == question.answer
+        scene = manifests["rooms"].scene(item.id.rsplit("/", 2)[0])
+        assert isinstance(scene, Scene)
+        (view,) = question.views
+        assert item.images[0].path == scene.views[view].image.path
+        if question.type == "scene_type":
+            assert question.answer == (scene.scene_type or "").lower()
+            continue
+        mask = scene.views[view].instance_path
+        assert mask is not None
+        ids = load_ids(mask)
+        shown = Counter(i.label.lower() for i in scene.instances if (ids == i.id).any())
+        said = question.text.removeprefix("Is there a").removeprefix("How many").removeprefix("n ").lstrip()
+        there = {label: count for label, count in shown.items() if said.startswith((label, plural(label)))}
+        if question.type == "object_count":
+            assert int(question.answer) in there.values(), (question, shown)
+        else:
+            words[item.split or "", question.text, question.answer] += 1
+            assert (question.answer == "yes") == bool(there), (question, shown)
+    assert sum(words.values()) >= 8
+    for split, text, answer in list(words):
+        assert words[split, text, "yes"] == words[split, text, "no"], (split, text, answer)
+
+
 def test_they_are_made_once(config: RunConfig, manifests: dict[str, Manifest]) -> None:
-    (folder,) = (Path(config.storage.root) / "data").glob("questions-rooms-*/")
+    folder = Path(manifests["questions"].root)
     made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = open_sources(config)
     assert {name: m.digest for name, m in again.items()} == {name: m.digest for name, m in manifests.items()}
@@ -173,7 +238,7 @@ def test_what_cannot_be_asked_about_is_refused(config: RunConfig, tmp_path: Path
         )
     with pytest.raises(ConfigError, match=r"max_views=-1 must be a whole number"):
         open_sources(with_sources(config, rooms=SourceConfig(), q=asked(max_views=-1)))
-    with pytest.raises(ConfigError, match="choose nothing: set one of questions, views, scenes to true"):
+    with pytest.raises(ConfigError, match="choose nothing: set one of questions, single, views, scenes to true"):
         open_sources(with_sources(config, rooms=SourceConfig(), q=asked(questions=False)))
     with pytest.raises(ConfigError, match="splits of format questions are those of the scenes"):
         open_sources(with_sources(config, rooms=SourceConfig(), q=dataclasses.replace(asked(), splits={"train": "x"})))
