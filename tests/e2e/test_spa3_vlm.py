@@ -10,6 +10,7 @@ import torch
 
 import configs
 from actors import driver
+from actors.cli import main
 from models.pretrained import describe_pretrained, load_pretrained
 from models.spa3r.vlm.model import Spa3VLM
 
@@ -53,6 +54,14 @@ def test_the_chain_ends_in_answers_beside_their_baselines(root: Path) -> None:
     assert isinstance(llm, Spa3VLM)
     assert llm.adapter is not None
     assert bool(llm.adapter.mlp.fc2.weight.any()), "what starts at zero was trained"  # type: ignore[union-attr]
+
+
+def test_a_warmed_run_computes_no_feature(root: Path, tmp_path: Path) -> None:
+    warmed = (*COMMON, *VLM, f"storage.root={root}", f"cache.root={tmp_path}", "name=warmed")
+    assert main(["features", "warm", *warmed]) == 0
+    folder = driver.train(configs.load(warmed)).folder
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["hit_rate"] for row in rows if "hit_rate" in row] == [1.0] * 3
 
 
 def test_low_rank_updates_keep_the_adapter_whole(root: Path) -> None:
