@@ -48,6 +48,11 @@ TEACHER = (
 )
 GEOMETRY_ONLY = ("recipe.losses.semantic_tokens=0", "recipe.losses.semantic_summary=0")
 
+#: Of every run of the third phase. Its questions are about single pictures: those about whole rooms, which are asked of
+#: eight pictures and need more than a language model of this size picks up, are left to larger ones.
+THIRD = ("data=rooms-single", "evaluate.samples=400", "trainer.micro_batch=8", "trainer.lr=1e-3")
+ALIGN = ("trainer.micro_batch=16",)
+
 #: Optimiser steps by recipe.
 STEPS = {
     "uniugg_encoder": 2000,
@@ -62,8 +67,9 @@ STEPS = {
 def command(one: Job, root: Path, *, quick: bool, lpips: str) -> list[str]:
     """Overrides of ``loom3d train``."""
     trunk = (f"evaluate.lpips_weights={lpips}",) if lpips else ()
+    third = (*THIRD, *(ALIGN if one.recipe == "uniugg_align" else ())) if one.phase == "p3" else ()
     steps = f"trainer.steps={STEPS[one.recipe]}"
-    return one.command(root, *COMMON, steps, *trunk, *one.overrides, *(QUICK if quick else ()))
+    return one.command(root, *COMMON, *third, steps, *trunk, *one.overrides, *(QUICK if quick else ()))
 
 
 def chain(seed: int, *, kind: str = "", encoder: Sequence[str] = (), vit: Sequence[str] = ()) -> list[Job]:

@@ -8,6 +8,8 @@ UNTRAINED, ORIGINALS, MEAN_PICTURE = "untrained network", "originals, first deco
 COPY, PLANE, POSED_PLANE = "copying the reference", "mean-depth plane", "mean-depth plane, true pose given"
 BLIND = "best image-blind baseline"
 BINS = "Imagined views by how far the camera moved"
+TYPES, SCORES = "Answers about", ("score", "guessing")
+"""Tables of answers by type, and what is compared in them."""
 
 #: A match must be this many times likelier than chance to beat it by a wide margin.
 WIDE = 10.0
@@ -62,17 +64,17 @@ def _second(results: Results) -> list[Claim]:
 
 
 def _answers(results: Results) -> list[Claim]:
-    return [
-        make_claim(
-            "P3",
-            f"{name.removeprefix('answers/')} after {part} − {BLIND}",
-            ">",
-            0.0,
-            differences(of_part(results, part), name, BLIND),
-        )
-        for part in ("joint", "finetune")
-        for name in _answer_names(of_part(results, part))
-    ]
+    """Answers beside the best blind strategy, over all types and by type."""
+    made = []
+    for part in ("joint", "finetune"):
+        runs = of_part(results, part)
+        found = {
+            f"answers, {name.removeprefix('answers/')}, after {part}": differences(runs, name, BLIND)
+            for name in _answer_names(runs)
+        }
+        found |= {f"answers, {kind}, after {part}": rows for kind, rows in _in_tables(runs, TYPES, *SCORES).items()}
+        made += [make_claim("P3", f"{text} − {BLIND}", ">", 0.0, figures) for text, figures in found.items()]
+    return made
 
 
 def _answer_names(runs: Results) -> list[str]:
@@ -100,20 +102,25 @@ def _picture_bins(runs: Results) -> list[Claim]:
 
 def _by_bins(runs: Results, column: str, other: str) -> list[Claim]:
     """The same by bins of angle and of distance, from the table that the evaluation wrote."""
-    found: dict[str, dict[str, float]] = {}
+    op = ">" if column.startswith("psnr") else "<"
+    return [
+        make_claim("P3", f"imagined views, {column} − {COPY}, {where}", op, 0.0, figures)
+        for where, figures in _in_tables(runs, BINS, column, other).items()
+    ]
+
+
+def _in_tables(runs: Results, title: str, column: str, other: str) -> dict[str, dict[str, float | None]]:
+    """First field of each row of the tables of a title -> run -> one column less another, where both are numbers."""
+    found: dict[str, dict[str, float | None]] = {}
     for name, result in runs.items():
         for table in result.get("tables", ()):
-            if table["title"] != BINS or column not in table["columns"] or other not in table["columns"]:
+            if not table["title"].startswith(title) or not {column, other} <= set(table["columns"]):
                 continue
             mine, theirs = table["columns"].index(column), table["columns"].index(other)
             for row in table["rows"]:
                 if isinstance(row[mine], float | int) and isinstance(row[theirs], float | int):
                     found.setdefault(str(row[0]), {})[name] = row[mine] - row[theirs]
-    op = ">" if column.startswith("psnr") else "<"
-    return [
-        make_claim("P3", f"imagined views, {column} − {COPY}, {where}", op, 0.0, figures)
-        for where, figures in found.items()
-    ]
+    return found
 
 
 def _compared(results: Results) -> list[Claim]:

@@ -156,7 +156,12 @@ def test_views_are_compared_with_baselines_and_ablations() -> None:
         "columns": ["camera", "pairs", "psnr, colours", "psnr, copying the reference"],
         "rows": [["angle<=15 degrees", 3, 16.0, 17.0], ["angle>60 degrees", 2, 16.0, 12.0], ["empty", 0, "", ""]],
     }
-    found = {"joint-0": joint("joint-0", 16.0, 0.5, [bins]), "joint-a-0": joint("joint-a-0", 17.0, 0.3)}
+    types = {
+        "title": "Answers about single by type",
+        "columns": ["type", "questions", "score", "guessing", "strategy"],
+        "rows": [["scene_type", 8, 0.5, 0.25, "mode"], ["object_count", 8, 0.5, 0.5, "median"]],
+    }
+    found = {"joint-0": joint("joint-0", 16.0, 0.5, [bins, types]), "joint-a-0": joint("joint-a-0", 17.0, 0.3)}
     by_text = {claim["claim"]: claim for claim in claims(found)}
     assert by_text["imagined views, rgb/psnr − copying the reference"]["figures"] == {"joint-0": 2.0}
     assert by_text["imagined views, rgb/psnr − mean training picture"]["holds"]
@@ -164,7 +169,9 @@ def test_views_are_compared_with_baselines_and_ablations() -> None:
     assert by_text["imagined views, psnr, colours − copying the reference, angle>60 degrees"]["mean"] == 4.0
     assert not by_text["our encoder − teacher's features (a), rgb/psnr"]["holds"]
     assert by_text["our encoder − teacher's features (a), answers/vsibench"]["holds"]
-    assert by_text["vsibench after joint − best image-blind baseline"]["mean"] == pytest.approx(0.1)
+    assert by_text["answers, vsibench, after joint − best image-blind baseline"]["mean"] == pytest.approx(0.1)
+    assert by_text["answers, scene_type, after joint − best image-blind baseline"]["mean"] == pytest.approx(0.25)
+    assert not by_text["answers, object_count, after joint − best image-blind baseline"]["holds"]
     assert not any("empty" in text or "direct" in text for text in by_text)
 
 
