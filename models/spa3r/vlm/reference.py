@@ -65,7 +65,8 @@ def image_batch(vlm: Spa3VLM, ids: Tensor, pixels: Tensor, grid: Tensor, latents
     """
     pictures = vlm.encode_images(pixels, grid)
     wanted = (ids == vlm.image_token_id).sum(1).tolist()
-    samples, grids, merged, place = [], [], grid[:, 1:] // 2, 0
+    side = int(vlm.language.config.vision_config.spatial_merge_size)
+    samples, grids, merged, place = [], [], grid[:, 1:] // side, 0
     for tokens in wanted:
         first = place
         while place < len(pictures) and sum(map(len, pictures[first:place])) < tokens:
