@@ -80,6 +80,7 @@ ANSWERS = (
     "size=tiny",
     "data=rooms",
     "data.sources.asked.format=questions",
+    "recipe.spa3_vlm.baseline=off",
     "recipe.spa3_vlm.questions_per_sample=8",
     "evaluate.samples=0",
     "generate.max_new_tokens=8",
