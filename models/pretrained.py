@@ -5,8 +5,9 @@ generate. Nothing is unpickled.
 
 A part may hold a *network* of transformers or diffusers: the child that its class names as ``network``. An export
 writes that one in its library's layout, and ``networks`` in the part's config.json says in which file it lies:
-``{"language": "../language/model.safetensors"}``. ``adapters`` names low-rank updates of it that lie in another
-folder still; such a part is not whole, and is refused here.
+``{"language": "../language/model.safetensors"}``. Where the names in that file are not ours, ``layouts`` says which
+layout it has: ``{"language": "qwen2_5_vl"}``. ``adapters`` names low-rank updates of it that lie in another folder
+still; such a part is not whole, and is refused here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import fnmatch
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,13 @@ from models.errors import WeightsError
 from models.registry import build
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-NETWORKS, ADAPTERS = "networks", "adapters"
+NETWORKS, LAYOUTS, ADAPTERS = "networks", "layouts", "adapters"
 FORMAT = 1
+
+Rename = Callable[[str], str]
+"""Name in a file -> name in a module; "" for a tensor that the module has no place for."""
+_RENAMES: Mapping[str, str] = {"qwen2_5_vl": "models.spa3r.vlm.qwen:text_name"}
+"""Layout of a network's file -> "module:function" that renames what it holds."""
 
 
 def save_pretrained(
@@ -74,8 +81,8 @@ def read_pretrained(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of a saved part by name. WeightsError when they cannot be read."""
     path = Path(folder).expanduser()
     tensors = _read(path / WEIGHTS)
-    for child, file in _networks(path).items():
-        tensors |= {f"{child}.{name}": tensor for name, tensor in _read(path / file).items()}
+    for file, rename in _networks(path).items():
+        tensors |= {ours: tensor for name, tensor in _read(path / file).items() if (ours := rename(name))}
     return tensors
 
 
@@ -98,17 +105,22 @@ class StoredTensors(Mapping[str, Tensor]):
         WeightsError when there are none.
         """
         path = Path(folder).expanduser()
-        sources = {WEIGHTS: ""}
+        sources: dict[str, Rename] = {WEIGHTS: str}
         if (path / INDEX).is_file():
             listed = json.loads((path / INDEX).read_text())["weight_map"]
-            sources = dict.fromkeys(sorted(set(listed.values())), "")
+            sources = dict.fromkeys(sorted(set(listed.values())), str)
         else:
-            sources |= {file: f"{child}." for child, file in _networks(path).items()}
+            sources |= _networks(path)
         return cls(
-            {f"{prefix}{name}": (path / file, name) for file, prefix in sources.items() for name in _names(path / file)}
+            {
+                ours: (path / file, name)
+                for file, rename in sources.items()
+                for name in _names(path / file)
+                if (ours := rename(name))
+            }
         )
 
-    def renamed(self, rename: Callable[[str], str]) -> StoredTensors:
+    def renamed(self, rename: Rename) -> StoredTensors:
         """The same tensors under other names; those for which ``rename`` gives "" are left out."""
         return StoredTensors({new: where for name, where in self._files.items() if (new := rename(name))})
 
@@ -160,8 +172,11 @@ def network_of(module: nn.Module) -> str:
     return str(getattr(module, "network", ""))
 
 
-def _networks(folder: Path) -> Mapping[str, str]:
-    """Child -> file, of networks that lie elsewhere. WeightsError for a part that lacks its low-rank updates."""
+def _networks(folder: Path) -> dict[str, Rename]:
+    """File -> our names of what it holds, of networks that lie elsewhere.
+
+    WeightsError for a part that lacks its low-rank updates, and for a layout that nobody knows.
+    """
     if not (folder / CONFIG).is_file():
         return {}
     described = describe_pretrained(folder, any_format=True)
@@ -170,8 +185,26 @@ def _networks(folder: Path) -> Mapping[str, str]:
             f"{folder} is a part without its low-rank updates, which lie in {list(described[ADAPTERS].values())}: "
             "export the run with --merge to use it as it is, or load the updates with PEFT"
         )
-    found: Mapping[str, str] = described.get(NETWORKS, {})
-    return found
+    layouts = described.get(LAYOUTS, {})
+    return {
+        file: _renaming(folder, child, layouts.get(child, "")) for child, file in described.get(NETWORKS, {}).items()
+    }
+
+
+def _renaming(folder: Path, child: str, layout: str) -> Rename:
+    """Name in a network's file -> name in the part."""
+    if layout not in ("", *_RENAMES):
+        raise WeightsError(
+            f"{folder / CONFIG}: {child!r} has the layout {layout!r}; known are {', '.join(_RENAMES)}, or none"
+        )
+    module, _, function = _RENAMES.get(layout, "").partition(":")
+    inner: Rename = getattr(import_module(module), function) if module else str
+
+    def rename(name: str) -> str:
+        ours = inner(name)
+        return f"{child}.{ours}" if ours else ""
+
+    return rename
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ _TITLES: Mapping[str, str] = {
     "uniugg_joint": "UniUGG: language model and diffusion, trained together",
     "uniugg_finetune": "UniUGG: language model and diffusion, finetuned on spatial questions",
     "uniugg_direct": "UniUGG: language model that regresses the tokens of unseen views",
+    "spa3r_pretrain": "Spa3R: a scene's spatial field from a few views",
+    "spa3_vlm": "Spa3-VLM: Qwen2.5-VL grounded in spatial latents",
 }
 
 
@@ -77,8 +79,11 @@ def _loading(described: Mapping[str, Any]) -> Iterator[str]:
     """Python that loads every folder."""
     contents = described["contents"]
     if "language" in contents:
-        yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        yield 'language = AutoModelForCausalLM.from_pretrained("./language")'
+        kind = (
+            "AutoModelForImageTextToText" if contents["language"].startswith("Qwen2_5_VL") else "AutoModelForCausalLM"
+        )
+        yield f"from transformers import {kind}, AutoTokenizer"
+        yield f'language = {kind}.from_pretrained("./language")'
         yield 'tokenizer = AutoTokenizer.from_pretrained("./language")'
     if "unet" in contents:
         yield "from diffusers import UNet2DConditionModel"

@@ -11,6 +11,7 @@ from actors.export.forward import core, outputs, random_inputs
 from actors.recipes import Recipe
 from actors.trainers.lora import LORA, adapted_weights, load_adapter
 from actors.trainers.roles import read_settings
+from actors.trainers.tensors import fill
 from models.errors import WeightsError
 from models.pretrained import describe_pretrained, network_of
 from services.errors import ResumeError
@@ -51,7 +52,7 @@ class Adapted:
     """Its weights beside the adapted ones are the trained ones."""
     adapter: Path
     outputs: Tensor
-    """Of :func:`actors.export.forward.random_inputs`, with the updates."""
+    """Of the part's network on :func:`actors.export.forward.random_inputs`, with the updates."""
     proof: Proof
 
 
@@ -76,8 +77,10 @@ def prove(recipe: Recipe, folder: Path, place: Path, merged: nn.Module) -> Adapt
     base.load_state_dict(rest, strict=False)
     inputs = random_inputs(core(base))
     before, after = outputs(core(base), inputs), outputs(core(merged), inputs)
-    wrapped = load_adapter(core(base), adapter)
-    through = outputs(wrapped, inputs)
+    network = base.get_submodule(child)
+    alone = random_inputs(network)
+    wrapped = load_adapter(network, adapter)  # in place: what holds the network goes through the updates too
+    through, of_network = outputs(core(base), inputs), outputs(wrapped, alone)
     wrapped.unload()  # type: ignore[operator]
     scale = through.square().mean().sqrt()
     proof = Proof(
@@ -89,7 +92,7 @@ def prove(recipe: Recipe, folder: Path, place: Path, merged: nn.Module) -> Adapt
             f"{TOLERANCE:.0e} from adapted, and {SHARE:.0%} of what the updates change. Either the base weights "
             "(model.init) are not those that the run began with, or it has hardly trained: train it again"
         )
-    return Adapted(base=base, adapter=adapter, outputs=through, proof=proof)
+    return Adapted(base=base, adapter=adapter, outputs=of_network, proof=proof)
 
 
 def _before(recipe: Recipe, folder: Path, role: str, part: str) -> nn.Module:
@@ -98,4 +101,5 @@ def _before(recipe: Recipe, folder: Path, role: str, part: str) -> nn.Module:
     if settings is None:
         raise ResumeError(f"{folder}/models/{role}.json is missing: what role {role} was built from is not known")
     built = recipe.rebuild(role, settings)
+    fill(built.module, built.weights or {})
     return recipe.parts(role, built.module, settings)[part].module.eval()

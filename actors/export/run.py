@@ -18,30 +18,36 @@ import configs
 from actors.evaluate import check_unchanged
 from actors.export.card import model_card
 from actors.export.forward import core, outputs, random_inputs
+from actors.export.networks import FILES, NOT_VISUAL, QWEN, complete, is_qwen, load_network
 from actors.export.origin import Weights, base_weights, versions
 from actors.export.proof import Adapted, Proof, prove
-from actors.parts import ANSWERING, open_run
+from actors.parts import ANSWERING, FRAMES, open_run
 from actors.recipes import open_recipe
 from actors.trainers.lora import LORA, load_adapter
 from configs import ConfigError, RunConfig
+from models.checkpoints import load_reference
 from models.encoders.hf import quiet_transformers
-from models.encoders.weights import load_strict, stored_digest
+from models.encoders.weights import read_tensors, stored_digest
 from models.errors import WeightsError
 from models.pretrained import (
     ADAPTERS,
     CONFIG,
+    LAYOUTS,
     NETWORKS,
     describe_pretrained,
     load_pretrained,
     network_of,
     save_pretrained,
 )
+from models.registry import build
+from models.spa3r.model import Spa3R
+from models.spa3r.vlm.qwen import take_tower
 from services.errors import ResumeError
 
-_OURS: Mapping[str, str] = {"uniugg_vit": "encoder", "uniugg_vae": "vae", "uniugg_reconstruction": "vae"}
+_OURS: Mapping[str, str] = {
+    "uniugg_vit": "encoder", "uniugg_vae": "vae", "uniugg_reconstruction": "vae", "spa3r": "spa3r",
+}  # fmt: skip
 """Family of an encoder that is a part of ours -> name of that part."""
-_FILES: Mapping[str, str] = {"language": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
-"""Network -> file of its weights in its library's layout."""
 _ONE_FILE = "1000GB"
 
 
@@ -137,7 +143,7 @@ def frozen_parts(config: RunConfig) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, encoder in config.encoders.items():
         place = Path(encoder.weights)
-        if encoder.family not in _OURS or not (place / CONFIG).is_file():
+        if encoder.family not in _OURS or not _is_part(place):
             continue
         digest = stored_digest(place)
         if encoder.digest not in ("", digest):
@@ -150,6 +156,11 @@ def frozen_parts(config: RunConfig) -> dict[str, Path]:
     if beside is not None and (beside.with_name("spatial_decoder") / CONFIG).is_file():
         found["spatial_decoder"] = beside.with_name("spatial_decoder")
     return found
+
+
+def _is_part(place: Path) -> bool:
+    """Whether a folder is one of ours; a published one may have a config of its own."""
+    return (place / CONFIG).is_file() and "model" in describe_pretrained(place, any_format=True)
 
 
 class _Writer:
@@ -176,7 +187,9 @@ class _Writer:
         tensors = module.state_dict()
         if child:
             self._write_network(child, module.get_submodule(child))
-            extra[NETWORKS] = {child: f"../{child}/{_FILES[child]}"}
+            extra[NETWORKS] = {child: f"../{child}/{FILES[child]}"}
+            if is_qwen(module.get_submodule(child)):
+                extra[LAYOUTS] = {child: QWEN}
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{child}.")}
         if adapted is not None:
             extra[ADAPTERS] = {holder: f"../{self._write_adapter(holder, adapted)}"}
@@ -188,48 +201,46 @@ class _Writer:
             again = load_pretrained(self._out / name)
             _check_same(core(module), core(again), name)
             _check_state(module, again, name)
+        if isinstance(module, Spa3R):
+            _check_published(module, described, self._out / name)
+            self.contents[name] += ", by its published names"
 
     def _write_network(self, child: str, network: Any) -> None:
-        """A network of transformers or diffusers, with the tokenizer of a language model."""
+        """A network of transformers or diffusers, with the tokenizer of a language model.
+
+        One that was trained without its vision tower has it again in the folder.
+        """
         place = self._out / child
+        if is_qwen(network):
+            complete(network, self._config)
         network.save_pretrained(place, max_shard_size=_ONE_FILE)
         library = "transformers" if child == "language" else "diffusers"
         self.contents[child] = f"{type(network).__name__} of {library}"
-        if self._config.recipe.name in ANSWERING and child == "language":
+        if self._config.recipe.name in (*ANSWERING, *FRAMES) and child == "language":
             from models.text.tokenizer import load_tokenizer
 
             load_tokenizer(self._config.data.text.tokenizer).save_pretrained(place)
-        _check_same(network, load_network(place, child), child)
+        again: Any = load_network(place, child)
+        _check_same(network, again, child)
+        if is_qwen(network):
+            _check_same(network.model.visual, again.model.visual, f"{child} (vision tower)")
+            take_tower(network)
 
     def _write_adapter(self, holder: str, adapted: Adapted) -> str:
         """The updates, in PEFT's layout; returns the name of their folder."""
         name = f"{holder}-adapter"
         shutil.copytree(adapted.adapter, self._out / name)
         file = self._out / name / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": holder}, indent=1))
+        settings = {**json.loads(file.read_text()), "base_model_name_or_path": holder}
+        if is_qwen(adapted.base.get_submodule(network_of(adapted.base))):
+            settings["exclude_modules"] = NOT_VISUAL
+        file.write_text(json.dumps(settings, indent=1))
         self.contents[name] = f"low-rank updates of {holder}/, for PEFT"
-        if holder in _FILES:
+        if holder in FILES:
             base = load_network(self._out / holder, holder)
             found = outputs(load_adapter(base, self._out / name), random_inputs(adapted.base.get_submodule(holder)))
             _check_equal(adapted.outputs, found, name)
         return name
-
-
-def load_network(place: Path, child: str) -> nn.Module:
-    """A network as its own library loads it from a local folder; float32, in eval mode."""
-    network: nn.Module
-    if child == "language":
-        from transformers import AutoModelForCausalLM
-
-        network = load_strict(AutoModelForCausalLM, place, torch.float32)
-    else:
-        from diffusers import UNet2DConditionModel
-
-        network = UNet2DConditionModel.from_pretrained(place, local_files_only=True)
-    for parameter in network.parameters():
-        # The libraries leave weights where the file is mapped, at odd addresses, and kernels then sum in another order.
-        parameter.data = parameter.data.clone()
-    return network.eval()
 
 
 def _check_same(ours: nn.Module, again: nn.Module, name: str) -> None:
@@ -253,6 +264,13 @@ def _check_state(ours: nn.Module, again: nn.Module, name: str) -> None:
     differing = [key for key, tensor in ours.state_dict().items() if not torch.equal(tensor, there[key])]
     if differing:
         raise WeightsError(f"{name}: {differing[:5]} differ when they are loaded again; nothing was exported")
+
+
+def _check_published(ours: Spa3R, described: Mapping[str, Any], place: Path) -> None:
+    """WeightsError unless a model that is built anew takes the folder as a published checkpoint."""
+    again = build(described["model"], **described["settings"]).eval()
+    load_reference(again, read_tensors(place))
+    _check_same(ours, again, f"{place.name} (by its published names)")
 
 
 def _describe(

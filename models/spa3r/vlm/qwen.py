@@ -104,6 +104,12 @@ def our_name(published: str) -> str:
     return published
 
 
+def text_name(published: str) -> str:
+    """The same, of a network without a vision tower: "" for what belongs to one."""
+    name = our_name(published)
+    return "" if name.startswith(VISION) else name
+
+
 def published_name(ours: str) -> str:
     """Name in the published layout, that of transformers 4."""
     if ours.startswith(VISION):
@@ -196,9 +202,29 @@ def attach_tower(network: Any, weights: str) -> Any:
 
     What is exported for others must be whole. WeightsError when the tower does not fit.
     """
-    like = network.model.language_model.embed_tokens.weight
     tower = build_tower(network.config.vision_config)
     fill_tower(tower, weights)
+    return put_tower(network, tower)
+
+
+def put_tower(network: Any, tower: Any) -> Any:
+    """Give a network a vision tower, in place, as wide and precise as it is itself; returns it.
+
+    ModelError for a tower of another width.
+    """
+    like = network.model.language_model.embed_tokens.weight
+    if tower.config.out_hidden_size != like.shape[1]:
+        raise ModelError(
+            f"the vision tower gives tokens of {tower.config.out_hidden_size} channels, the language model is "
+            f"{like.shape[1]} wide; they come from the same Qwen2.5-VL"
+        )
     cast_stored(tower, like.dtype)
     network.model.visual = tower.to(like.device).eval().requires_grad_(False)
+    for module in (network, network.model):
+        module.config.vision_config = copy.deepcopy(tower.config)
     return network
+
+
+def take_tower(network: Any) -> None:
+    """Take it out again."""
+    del network.model.visual
