@@ -192,7 +192,7 @@ def save_parts(recipe: Recipe, trained: Mapping[str, Built], folder: Path, step:
     for role, built in trained.items():
         for name, part in recipe.parts(role, built.module, built.settings).items():
             target = folder / "weights" / name
-            extra: dict[str, Any] = {TRAINED_BY: _provenance(recipe, folder, step)}
+            extra: dict[str, Any] = {TRAINED_BY: _provenance(recipe, folder, step), **part.about}
             tensors = None
             if part.reads:
                 extra[READS] = part.reads

@@ -328,6 +328,10 @@ class PeftConfig:
     rslora: bool = False
     # Names of the modules that get an update; [] takes those that the model's spec names.
     targets: list[str] = field(default_factory=list)
+    # In what the frozen weights of an adapted network are kept while training: auto | stored | float32 | bfloat16.
+    # stored: bfloat16 where they are published in it and read by parts (model.init.language of spa3_vlm), else float32.
+    # auto: bfloat16 on a GPU with trainer.precision=bfloat16, else stored.
+    base_dtype: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "backend.name": BACKENDS,
     "backend.offload": ("none", "optimizer", "parameters"),
     "peft.method": ("none", "lora"),
+    "peft.base_dtype": ("auto", "stored", "float32", "bfloat16"),
     "roles.*.backend": ("", *BACKENDS),
     "roles.*.peft": ("", "none", "lora"),
     "cluster.mode": ("inline", "local", "attach"),
@@ -457,6 +458,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     for key in ("dora", "rslora"):
         if getattr(config.peft, key) and not adapted:
             yield f"peft.{key}=true has no effect with peft.method=none; choose peft=lora"
+    if config.peft.base_dtype == "bfloat16" and not (adapted and trainer.precision == "bfloat16"):
+        yield "peft.base_dtype=bfloat16 is for peft=lora with trainer.precision=bfloat16; set both, or leave it auto"
 
 
 def _optimisation(prefix: str, trainer: TrainerConfig) -> Iterator[str]:

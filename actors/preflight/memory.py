@@ -289,7 +289,8 @@ def _zero(cost: StepCost, module: nn.Module, backend: BackendConfig, workers: in
         # A frozen table of embeddings is let go after the look-up: nothing asks for it in the backward pass.
         tables = [m.weight for m in module.modules() if isinstance(m, nn.Embedding) and not m.weight.requires_grad]
         needed = whole - sum(map(_bytes, tables))
-        gathered = min(needed, 4 * _ZERO3_LIVE + max(map(_bytes, module.parameters()), default=0))
+        live = _ZERO3_LIVE * whole // max(1, sum(p.numel() for p in module.parameters()))
+        gathered = min(needed, live + max(map(_bytes, module.parameters()), default=0))
         weights = cost.weights - whole + whole // workers
     part = dataclasses.replace(
         cost,

@@ -54,6 +54,8 @@ class Part:
     reads: str = ""
     """Digest of the weights of the frozen encoder whose outputs it was trained on; "" for none. Whoever puts the part
     behind another encoder is told."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What its config.json says beside, JSON values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,13 @@ class Recipe(ABC):
 
         The caller loads what was trained; a checkpoint does not hold what stayed frozen.
         """
+
+    def stored_dtype(self, role: str) -> torch.dtype:  # noqa: ARG002
+        """In what the weights that :meth:`rebuild` leaves to be read by parts are stored; float32 where there are none.
+
+        Known before they are there, by what is published.
+        """
+        return torch.float32
 
     def tally(self, role: str, feed: Feed) -> Tally:  # noqa: ARG002
         """What validation computes for ``role``; by default its loss terms."""

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from actors.recipes.base import Baseline, Built, Facts, Part, Recipe, seeded
+from actors.recipes.spa3_vlm_base import BASE, base_of, check_base
 from actors.recipes.spa3_vlm_baseline import plain_run
 from configs import ConfigError
 from models.encoders.uniugg import READS
@@ -58,6 +60,7 @@ class VlmRecipe(Recipe):
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: ARG002, D102
         init = {key: value for key, value in self.config.model.init.items() if value != RANDOM}
+        settings = {key: value for key, value in settings.items() if key != BASE}
         weights: Mapping[str, Tensor] | None = None
         with seeded(self.config.seed):
             if LANGUAGE in init and LLM not in init:  # billions of values that would be drawn to be overwritten
@@ -71,15 +74,33 @@ class VlmRecipe(Recipe):
         if LLM in init:
             self._check_reads(LLM, init[LLM], module)
             load_part(module, init[LLM], new=(f"{ADAPTER}.*",))
+        if module.adapter is not None:
+            base = base_of(module, weights, init.get(LLM) or init.get(LANGUAGE) or f"random (seed {self.config.seed})")
+            settings |= {BASE: base} if base else {}
         if ADAPTER in init:
-            self._load_adapter(module, init[ADAPTER])
+            assert module.adapter is not None, "without geometry there is no adapter to start from"
+            check_base(init[ADAPTER], module, settings.get(BASE, {}), init.get(LLM, RANDOM))
+            self._check_reads(ADAPTER, init[ADAPTER], module)
+            load_part(module.adapter, init[ADAPTER])
         return Built(module=module, spec=spec(self.config.model.name).roles[0], settings=settings, weights=weights)
+
+    def stored_dtype(self, role: str) -> torch.dtype:  # noqa: ARG002, D102
+        init = self.config.model.init
+        language = init.get(LANGUAGE, RANDOM)
+        if language == RANDOM or init.get(LLM, RANDOM) != RANDOM:
+            return torch.float32
+        if not is_here(language):
+            return torch.bfloat16  # as all of Qwen2.5-VL is published
+        stored = StoredTensors.of(resolve_folder(language))
+        return torch.bfloat16 if stored[min(stored)].dtype == torch.bfloat16 else torch.float32
 
     def parts(self, role: str, module: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Part]:  # noqa: ARG002
         """``llm``: language model and adapter together; ``adapter``: the latter alone, where there is one."""
         assert isinstance(module, Spa3VLM), "the recipe makes this model"
         name, reads = self.config.model.name, self._reads()
-        found = {LLM: Part(module=module, model=name, settings=settings, reads=reads)}
+        about = {BASE: settings[BASE]} if BASE in settings else {}
+        settings = {key: value for key, value in settings.items() if key != BASE}
+        found = {LLM: Part(module=module, model=name, settings=settings, reads=reads, about=about)}
         if module.adapter is not None:
             alone = {
                 "width": module.width,
@@ -88,7 +109,7 @@ class VlmRecipe(Recipe):
                 "adapter": dict(module.settings["adapter"]),
             }
             kind = name.replace("spa3-vlm-", "spa3-vlm-adapter-")
-            found[ADAPTER] = Part(module=module.adapter, model=kind, settings=alone, reads=reads)
+            found[ADAPTER] = Part(module=module.adapter, model=kind, settings=alone, reads=reads, about=about)
         return found
 
     def baseline(self, name: str) -> Baseline | None:  # noqa: D102
@@ -148,20 +169,6 @@ class VlmRecipe(Recipe):
         if ADAPTER in self.config.model.init and self.config.recipe.spa3_vlm.geometry == "none":
             raise ConfigError("model.init.adapter is for a model with geometry; recipe.spa3_vlm.geometry=none has none")
 
-    def _load_adapter(self, module: Spa3VLM, start: str) -> None:
-        """WeightsError for an adapter of another base or of other latents."""
-        assert module.adapter is not None, "without geometry there is no adapter to start from"
-        settings = describe_pretrained(start)["settings"]
-        own = {"width": module.width, "latent_channels": module.latent_channels}
-        other = {key: settings.get(key) for key in own if settings.get(key) != own[key]}
-        if other:
-            raise WeightsError(
-                f"model.init.adapter={start} is for another base: it has {other}, the run's language model and latents "
-                f"have { {key: own[key] for key in other} }; leave it out, or name the adapter of a run of this size"
-            )
-        self._check_reads(ADAPTER, start, module)
-        load_part(module.adapter, start)
-
     def _check_reads(self, key: str, start: str, module: Spa3VLM) -> None:
         """WeightsError when an adapter was trained on latents of other weights than the run's."""
         learnt, now = describe_pretrained(start).get(READS), self._reads()
@@ -210,8 +217,6 @@ class GrownTables(Mapping[str, Tensor]):
         missing = self._rows - len(found) if name in self._tables else 0
         if missing <= 0:
             return found
-        import torch
-
         mean = found.float().mean(0, keepdim=True).to(found.dtype)
         return torch.cat([found, mean.expand(missing, -1)])
 

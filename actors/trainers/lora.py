@@ -79,6 +79,26 @@ def apply_lora(
     return module
 
 
+def cast_base(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Keep the frozen weights of an adapted module's networks in ``dtype``, in place; returns the module.
+
+    Those of the children that hold updates: what else is frozen may not stand being mixed with float32. What lies on
+    meta will be read in that dtype.
+    """
+    adapted = {name.split(".")[0] for name in adapted_layers(module)}
+    seen: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for path, owner in module.named_modules():
+        if path.split(".")[0] not in adapted:
+            continue
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
+                continue
+            if id(parameter) not in seen:
+                seen[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            owner._parameters[name] = seen[id(parameter)]
+    return module
+
+
 def _settings(peft: PeftConfig, targets: Sequence[str]) -> dict[str, Any]:
     """PEFT's own names of what ``peft`` says."""
     return {

@@ -133,7 +133,7 @@ def train_role(
 def _make_loop(config: RunConfig, recipe: Recipe, built: Built, backend: Backend, link: Links | None) -> TrainLoop:
     """The loop of a role at step 0."""
     role = built.spec.name
-    module = adapt(config, role, built)
+    module = adapt(config, role, built, base=base_dtype(recipe, role, accelerated=backend.device.type == "cuda"))
     if config.trainer.activation_checkpointing:
         checkpoint_activations(module, built.spec)
     return TrainLoop(
@@ -148,21 +148,34 @@ def _make_loop(config: RunConfig, recipe: Recipe, built: Built, backend: Backend
     )
 
 
-def adapt(config: RunConfig, role: str, built: Built) -> nn.Module:
+def adapt(config: RunConfig, role: str, built: Built, *, base: torch.dtype | None = None) -> nn.Module:
     """The module of ``role`` with what the run trains of it: all, or the parameters that ``recipe.train`` names.
 
-    With low-rank updates these are trained beside the network, which is frozen; where ``recipe.train`` says nothing,
-    the role's heads are. ConfigError for names that match nothing.
+    With low-rank updates these are trained beside the network, which is frozen, and kept in ``base`` (None: as it is
+    built); where ``recipe.train`` says nothing, the role's heads are. ConfigError for names that match nothing.
     """
     settings = role_config(config, role)
     globs = config.recipe.train.get(role, [])
     if settings.peft.method == "lora":
-        from actors.trainers.lora import apply_lora
+        from actors.trainers.lora import apply_lora, cast_base
 
-        return apply_lora(built.module, built.spec, settings.peft, keep=globs, seed=config.seed, weights=built.weights)
+        apply_lora(built.module, built.spec, settings.peft, keep=globs, seed=config.seed, weights=built.weights)
+        return built.module if base is None else cast_base(built.module, base)
     if globs:
         select_trained(built.module, globs, role)
     return built.module
+
+
+def base_dtype(recipe: Recipe, role: str, *, accelerated: bool) -> torch.dtype:
+    """In what a role's frozen network is kept beside low-rank updates while it trains (``peft.base_dtype``).
+
+    ``accelerated``: it trains on a GPU.
+    """
+    settings = role_config(recipe.config, role)
+    kept = settings.peft.base_dtype
+    if kept == "auto":
+        kept = "bfloat16" if accelerated and settings.trainer.precision == "bfloat16" else "stored"
+    return recipe.stored_dtype(role) if kept == "stored" else getattr(torch, kept)
 
 
 def _joined(own: Checkpoints, folder: Path, loop: TrainLoop) -> Checkpoints | JointCheckpoints:
@@ -219,7 +232,7 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
         },
         "cache.codec": config.cache.codec,
         # What is off decides nothing: a checkpoint from before there was such an option stays valid.
-        "peft": {k: v for k, v in dataclasses.asdict(config.peft).items() if v is not False},
+        "peft": {k: v for k, v in dataclasses.asdict(config.peft).items() if v is not False and v != "auto"},
         "roles": {name: dataclasses.asdict(role) for name, role in config.roles.items()},
         "data.augment": dataclasses.asdict(config.data.augment),
         "data.text": dataclasses.asdict(config.data.text),

@@ -68,7 +68,7 @@ def on_two_ranks(root: Path, alone: Callable[[str, str], Path], cases: Sequence[
     """Train (recipe, tuning, backend, offload) on two ranks and compare each with one process."""
     expected = [alone(recipe, tuning) for recipe, tuning, _, _ in cases]
     runs = [run_of(root, *case) for case in cases]
-    steps = in_ranks(train_each, root / "ranks" / runs[0].name, 2, runs)
+    steps = in_ranks(train_each, root / "ranks" / runs[0].name, 2, runs, timeout=600)
     assert steps == [{run.name: 3.0 for run in runs}] * 2
     for run, folder in zip(runs, expected, strict=True):
         compare(folder_of(run), folder, run.trainer.lr)
@@ -102,7 +102,7 @@ def test_low_rank_updates_of_the_language_model(root: Path, alone: Callable[[str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_tuning_on_every_backend(
@@ -112,7 +112,7 @@ def test_every_tuning_on_every_backend(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_lies_on_the_host(recipe: str, root: Path, alone: Callable[[str, str], Path]) -> None:
     offloads = [("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")]
@@ -121,7 +121,7 @@ def test_what_lies_on_the_host(recipe: str, root: Path, alone: Callable[[str, st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_what_two_ranks_trained_beside_updates_is_saved_with_them(
     root: Path, alone: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
