@@ -53,7 +53,7 @@ VGGT = (
 VGGT_SEED, DEPTH_GAIN = 0, 100.0
 
 FIELD = ("recipe.view_set.views=[4,8]", "recipe.view_set.plans_per_scene=3", "evaluate.samples=100", *VGGT)
-FIELD_TINY = ("size=tiny", *FIELD, "trainer.steps=1500", "trainer.micro_batch=8", "trainer.warmup_steps=50")
+FIELD_TINY = ("size=tiny", *FIELD, "trainer.steps=800", "trainer.micro_batch=8", "trainer.warmup_steps=50")
 #: The network of size small and the real DINOv2-S, behind the tiny VGGT on pictures of its size, for one CPU core.
 FIELD_SMALL = (
     "size=small",
