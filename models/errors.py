@@ -9,3 +9,7 @@ class ModelError(ValueError):
 
 class WeightsError(ModelError):
     """Weights are missing, left over, or of the wrong shape; the message lists the names."""
+
+
+class InputError(ModelError):
+    """An input of which a model can make nothing, whatever its settings: a frame too flat. The data are at fault."""

@@ -18,7 +18,7 @@ from configs.schema import EncoderConfig, RunConfig
 from models.encoders.base import FrozenEncoder, InputKind
 from models.encoders.families import CLASSES, family_class, input_kind
 from models.encoders.weights import RANDOM, is_here, same_digest
-from models.errors import ModelError
+from models.errors import InputError, ModelError
 from models.spec import TensorSpec
 from services.contracts import FeatureRequest, Record, Tensor
 from services.data.images import describe, load_image
@@ -297,6 +297,8 @@ class Encoder:
     def _prepare_one(self, request: FeatureRequest, source: Any) -> Any:
         try:
             return self.model.prepare(_raw_input(request, self.model.input_kind, source), request.transform)
+        except InputError as error:
+            return DataError(f"{_source(request)}: encoder {request.encoder!r}: {error}")
         except USER_ERRORS as error:
             return error
 
@@ -375,5 +377,9 @@ def _not_finite(outputs: Mapping[str, torch.Tensor]) -> dict[int, str]:
 
 def _poisoned(request: FeatureRequest, name: str) -> DataError:
     """Such a record would poison training long after; it is the error of its input instead."""
-    source = describe(request.images[0]) if request.images else request.sample_id
-    return DataError(f"{source}: encoder {request.encoder!r} gives NaN or infinity in {name!r}")
+    return DataError(f"{_source(request)}: encoder {request.encoder!r} gives NaN or infinity in {name!r}")
+
+
+def _source(request: FeatureRequest) -> str:
+    """What a request is about, for messages."""
+    return describe(request.images[0]) if request.images else request.sample_id

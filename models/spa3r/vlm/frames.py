@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.errors import ModelError
+from models.errors import InputError, ModelError
 
 SIDE, PATCH, MERGED = 518, 14, 28
 SECONDS_PER_FRAME, FEWEST, MOST = 2.0, 4, 8
@@ -52,7 +52,7 @@ class FrameSize:
 
 
 def frame_size(height: int, width: int, *, side: int = SIDE) -> FrameSize:
-    """The sizes for a frame of ``height`` x ``width`` pixels. ModelError for one too flat to have a row of tokens.
+    """The sizes for a frame of ``height`` x ``width`` pixels. InputError for one too flat to have a row of tokens.
 
     ``side`` is the width that it gets, a multiple of 14.
     """
@@ -60,7 +60,7 @@ def frame_size(height: int, width: int, *, side: int = SIDE) -> FrameSize:
         raise ModelError(f"a frame of {height}x{width} at side {side}: sizes begin at 1, side is a multiple of {PATCH}")
     tall = round(height * side / width / PATCH) * PATCH
     if tall < MERGED or side < MERGED:
-        raise ModelError(
+        raise InputError(
             f"a frame of {height}x{width} pixels would be {tall}x{side}, which has no row of {MERGED} pixels; "
             f"the widest frame at side {side} is {side / MERGED:.0f} times as wide as high"
         )
