@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Identity:
     """Flat settings that decide the training, e.g. {"trainer.lr": 0.001}; JSON values."""
     plan: str
     """Digest of the training plan, which covers the manifests and the quarantine list."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of settings: what a checkpoint counts as trained with that was written before there was such a setting."""
 
     def digest(self) -> str:
         """Hex sha256 of the settings."""
@@ -186,11 +188,12 @@ class Checkpoints:
                 _log.warning("%s is skipped: its %s cannot be read (%s)", folder, _MANIFEST, error)
 
     def _check_identity(self, found: Found) -> None:
-        theirs, ours = found.manifest["settings"], self.identity.settings
+        ours, defaults = (json.loads(json.dumps(dict(s))) for s in (self.identity.settings, self.identity.defaults))
+        theirs = {key: value for key, value in defaults.items() if key in ours} | found.manifest["settings"]
         differing = [
             f"{key}: {theirs.get(key)!r} then, {ours.get(key)!r} now"
             for key in sorted({*theirs, *ours})
-            if theirs.get(key) != json.loads(json.dumps(ours.get(key)))
+            if theirs.get(key) != ours.get(key)
         ]
         if not differing and found.manifest["plan"] != self.identity.plan:
             differing = ["the data or the quarantine list (the plan's digest changed)"]

@@ -26,7 +26,7 @@ from actors.trainers.joint import JointCheckpoints, joint_best, next_generation
 from actors.trainers.loop import Hooks, Metrics, TrainLoop
 from actors.trainers.recompute import checkpoint_activations
 from configs.roles import role_config
-from configs.schema import RunConfig
+from configs.schema import EncoderConfig, RunConfig
 from services.contracts import Split
 from services.streams.ledger import Ledger
 from services.streams.loader import Steps
@@ -197,8 +197,9 @@ def best_checkpoint(config: RunConfig, folder: Path, plan: EpochPlan, role: str)
 def open_checkpoints(config: RunConfig, folder: Path, plan: EpochPlan, role: str = "") -> Checkpoints:
     """The checkpoints of one role of a run folder ("": its first), bound to the run's settings and data."""
     roles = open_recipe(config).roles
-    settings = deciding_settings(role_config(config, role or roles[0]))
-    identity = Identity(settings=settings, plan=plan.digest)
+    own = role_config(config, role or roles[0])
+    unset = RunConfig(encoders={name: EncoderConfig() for name in own.encoders})
+    identity = Identity(settings=deciding_settings(own), plan=plan.digest, defaults=deciding_settings(unset))
     below = folder / "checkpoints" if len(roles) == 1 else folder / "checkpoints" / (role or roles[0])
     return Checkpoints(below, identity, keep=config.trainer.keep_checkpoints)
 

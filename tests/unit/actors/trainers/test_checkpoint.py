@@ -206,6 +206,24 @@ def test_another_run_is_refused_and_the_difference_named(toy: Any, tmp_path: Pat
         Checkpoints(tmp_path, Identity(settings=IDENTITY.settings, plan="q"), keep=1).newest()
 
 
+def test_a_setting_that_is_new_counts_as_its_default(toy: Any, tmp_path: Path) -> None:
+    """An upgrade that brings settings must not strand the runs that are under way."""
+    loop, _ = saving_loop(toy, tmp_path, steps=1)
+    loop.run(toy.steps(0, 1))
+
+    def newest(now: str) -> int:
+        settings = {**IDENTITY.settings, "recipe.form": now}
+        found = Checkpoints(
+            tmp_path, Identity(settings=settings, plan=IDENTITY.plan, defaults={"recipe.form": "plain"}), keep=1
+        ).newest()
+        assert found is not None
+        return found.step
+
+    assert newest("plain") == 1
+    with pytest.raises(ResumeError, match=r"recipe\.form: 'plain' then, 'other' now"):
+        newest("other")
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "missing", IDENTITY, keep=1)
     assert checkpoints.newest() is None

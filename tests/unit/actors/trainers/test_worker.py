@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import configs
 from actors.driver import run_folder
-from actors.trainers.roles import deciding_settings
+from actors.trainers.roles import deciding_settings, open_checkpoints
 from actors.trainers.worker import _cause, _scaling, share_of_cores
 from configs.schema import RoleConfig
 from services.errors import NonFiniteError, PeerLostError, ServiceError
@@ -75,6 +77,16 @@ def test_what_decides_a_run_and_what_does_not() -> None:
     assert deciding_settings(configs.load([*base, *free])) == settings
     for change in ("trainer.steps=77", "seed=3", "recipe.losses={depth_dpt: 2.0}", "cache.codec=fp8_e4m3"):
         assert deciding_settings(configs.load([*base, change])) != settings, change
+
+
+def test_a_checkpoint_from_before_a_setting_counts_as_trained_with_its_default(tmp_path: Path) -> None:
+    config = configs.load(["recipe=probe", "size=tiny", "data=rooms"])
+    plan: Any = SimpleNamespace(digest="p")
+    identity = open_checkpoints(config, tmp_path, plan).identity
+    assert identity.settings == deciding_settings(config)
+    assert identity.defaults["encoders.features.side"] == 0
+    assert identity.defaults["data.text.supervise"] == "answer"
+    assert identity.defaults["trainer.lr"] != identity.settings["trainer.lr"]
 
 
 def test_the_run_folder_has_a_name_of_its_own() -> None:
