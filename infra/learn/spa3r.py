@@ -89,7 +89,7 @@ ANSWERS = (
     *VGGT,
 )
 #: Every kind of geometry goes on from one language model, which learns to answer without; so does the one without.
-BASE_STEPS, STEPS = 600, 300
+BASE_STEPS, STEPS = 500, 250
 GEOMETRY = ("none", "vggt", "append", "cross")
 
 
