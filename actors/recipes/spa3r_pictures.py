@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from actors.recipes.pictures import Album, colour_depth, hstack
@@ -21,6 +21,8 @@ TITLES: Mapping[str, str] = {"geo": "VGGT", "sem": "semantic", "clip": "CLIP"}
 _MODEL = "model"
 _HEIGHT = 112
 """Height of a tile, pixels."""
+_HEAD = 14
+"""Height of the line of names above, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class Shown:
 def draw_field(album: Album, shown: Shown) -> None:
     """A row for each target view: the picture; of every target what is there and what was predicted; both depths."""
     colours = {name: shared_colours(true, shown.predicted[name], shown.grid) for name, true in shown.truth.items()}
+    names = ["picture", *(f"{TITLES[name]}{what}" for name in colours for what in ("", ", predicted"))]
+    names += ["depth by VGGT", "by the probe"] if shown.depth is not None else []
     rows = []
     for view in range(len(shown.places)):
         tiles = [shown.images[view]]
@@ -75,6 +79,7 @@ def draw_field(album: Album, shown: Shown) -> None:
             low, high = float(true_depth.min()), float(true_depth.max())
             tiles += [colour_depth(true_depth, low, high), colour_depth(guessed, low, high)]
         rows.append(hstack([_tile(tile) for tile in tiles]))
+    rows.insert(0, _heads(names, [_tile(tile).shape[1] for tile in tiles]))
     what = [f"{TITLES[name]} features, there and predicted" for name in colours]
     what += ["depth by VGGT and by the probe (near is bright)"] if shown.depth is not None else []
     gap = np.full((2, rows[0].shape[1], 3), 255, np.uint8)
@@ -107,6 +112,16 @@ def shared_colours(true: Tensor, guess: Tensor, grid: tuple[int, int]) -> tuple[
         return (padded * 255).round().to(torch.uint8).view(len(true), *grid, 3).numpy()
 
     return paint(flat), paint(guessed)
+
+
+def _heads(names: Sequence[str], widths: Sequence[int]) -> np.ndarray:
+    """A line with the name of each column above it."""
+    heads = []
+    for name, width in zip(names, widths, strict=True):
+        head = Image.new("RGB", (width, _HEAD), "white")
+        ImageDraw.Draw(head).text((2, 1), name, fill="black")
+        heads.append(np.asarray(head))
+    return hstack(heads)
 
 
 def _tile(tile: np.ndarray) -> np.ndarray:

@@ -72,6 +72,9 @@ def test_the_field_is_drawn_beside_what_is_there(finished: driver.RunResult, fol
     listed = json.loads((finished.folder / "pictures.json").read_text())
     assert listed
     assert "VGGT features, there and predicted; semantic features" in listed[0]["caption"]
+    page = finished.report.read_text()
+    assert all(entry["title"] in page and entry["caption"] in page for entry in listed)
+    assert page.count('<img class="shown" src="data:image/png;base64,') == len(listed)
     args = ["--run", str(finished.folder), "--sets", "1", "--split", "val", f"storage.root={folder / 'storage'}"]
     assert main(["show-field", *args]) == 0
     (entry,) = json.loads((finished.folder / show_field.FOLDER / "pictures.json").read_text())
