@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.learn.runs import Job, arguments, carry_out, check, chosen, conclude, job, read
-from infra.learn.spa3r_claims import claims
+from infra.learn.spa3r_claims import claims, scores
 from infra.learn.spa3r_questions import ASKED, BLIND, write_questions
 
 if TYPE_CHECKING:
@@ -53,12 +53,14 @@ VGGT = (
 VGGT_SEED, DEPTH_GAIN = 0, 100.0
 
 FIELD = ("recipe.view_set.views=[4,8]", "recipe.view_set.plans_per_scene=3", "evaluate.samples=100", *VGGT)
+"""A field sees each room in three sets of four to eight of its eight views; the curve is of a hundred of them."""
 FIELD_TINY = ("size=tiny", *FIELD, "trainer.steps=800", "trainer.micro_batch=8", "trainer.warmup_steps=50")
 #: The network of size small and the real DINOv2-S, behind the tiny VGGT on pictures of its size, for one CPU core.
 FIELD_SMALL = (
     "size=small",
     *FIELD,
     "recipe.view_set.interval=[1,2]",
+    "data.rooms.scenes=240",
     "data.rooms.width=160",
     "data.rooms.height=120",
     "encoders.patches.height=84",
@@ -70,7 +72,7 @@ FIELD_SMALL = (
     "encoders.semantic.dtype=float32",
     "service.threads=1",
     "trainer.precision=float32",
-    "trainer.steps=400",
+    "trainer.steps=200",
     "trainer.micro_batch=4",
     "trainer.warmup_steps=20",
 )
@@ -180,7 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = chosen(args, jobs(args.seeds, args.small_seeds if args.weights else 0))
         prepare(root, wanted, quick=args.quick)
         carry_out(args, root, {one: command(one, root, quick=args.quick, weights=args.weights) for one in wanted})
-    return conclude(args, "spa3r", claims(read(args.out)))
+    found = read(args.out)
+    if table := scores(found):
+        print(table, end="\n\n")
+    return conclude(args, "spa3r", claims(found))
 
 
 def prepare(root: Path, wanted: Sequence[Job], *, quick: bool) -> None:

@@ -15,7 +15,7 @@ from infra.learn import spa3r
 from infra.learn.claims import markdown
 from infra.learn.runs import Job, ready
 from infra.learn.spa3r import command, jobs, main, stretch_depth, write_vggt
-from infra.learn.spa3r_claims import CURVE, claims, curve_of
+from infra.learn.spa3r_claims import CURVE, claims, curve_of, scores
 from infra.learn.spa3r_questions import rewritten, terse, write_questions
 from models.encoders.vggt.model import Vggt
 from models.pretrained import load_pretrained
@@ -159,22 +159,37 @@ def test_a_field_is_compared_with_copying_means_and_fewer_views() -> None:
     assert not any("sem" in text or "mean of training views" in text for text in by_text)
 
 
-def vlm(name: str, score: float) -> dict[str, Any]:
-    answers = {"answers/vsibench, mean of the asked": row(score, 0.4, "best image-blind baseline", "higher")}
-    return {"name": name, "metrics": answers, "tables": []}
+def vlm(name: str, score: float, floor: float) -> dict[str, Any]:
+    answers = {
+        "answers/vsibench, mean of the asked": row(score, 0.4, "best image-blind baseline", "higher"),
+        "text/ce": row(2 * score, 5.0, "before training", "lower"),
+    }
+    table = {
+        "title": "Answers about asked by type",
+        "columns": ["type", "questions", "score", "guessing", "strategy"],
+        "rows": [["room_size_estimation", 7, floor, 0.35, "constant"]],
+    }
+    return {"name": name, "metrics": answers, "tables": [table]}
 
 
 def test_geometry_is_compared_with_none_with_guessing_and_with_each_other() -> None:
-    scores = {"none-0": 0.45, "cross-0": 0.5, "cross-1": 0.3, "append-0": 0.55, "blind-0": 0.42}
-    found = claims({name: vlm(name, score) for name, score in scores.items()})
-    by_text = {claim["claim"].removeprefix("vsibench, mean of the asked, "): claim for claim in found}
-    guess = by_text["Spa3R by cross-attention − best image-blind baseline"]
-    assert (guess["figures"], guess["holds"]) == (pytest.approx({"cross-0": 0.1, "cross-1": -0.1}), False)
-    assert by_text["no geometry − image-blind model"]["mean"] == pytest.approx(0.03)
-    assert by_text["Spa3R by cross-attention − no geometry"]["figures"] == pytest.approx({"cross-0": 0.05})
-    assert not by_text["Spa3R by cross-attention − Spa3R appended"]["holds"]
+    figures = {"none-0": 0.45, "cross-0": 0.5, "cross-1": 0.3, "append-0": 0.55, "blind-0": 0.42}
+    results = {name: vlm(name, score, score - 0.1) for name, score in figures.items()}
+    found = claims(results)
+    by_text = {claim["claim"]: claim for claim in found}
+    guess = by_text["room_size_estimation, Spa3R by cross-attention − best image-blind baseline"]
+    assert (guess["figures"], guess["holds"]) == (pytest.approx({"cross-0": 0.05, "cross-1": -0.15}), False)
+    assert by_text["room_size_estimation, no geometry − image-blind model"]["mean"] == pytest.approx(0.03)
+    better = by_text["mean over types, Spa3R by cross-attention − no geometry"]
+    assert (better["figures"], better["holds"]) == (pytest.approx({"cross-0": 0.05}), True)
+    assert not by_text["room_size_estimation, Spa3R by cross-attention − Spa3R appended"]["holds"]
     assert not any("VGGT" in text for text in by_text)
-    assert "Spa3R by cross-attention − no geometry | 0.05 | > 0 | yes |" in markdown(found)
+    assert "mean over types, Spa3R by cross-attention − no geometry | 0.05 | > 0 | yes |" in markdown(found)
+    lines = scores(results).splitlines()
+    assert lines[0] == "| | room_size_estimation | cross-entropy |"
+    assert lines[2] == "| best image-blind baseline | 0.350 | |"
+    assert "| Spa3R by cross-attention | 0.300 ± 0.141 | 0.800 ± 0.283 |" in lines
+    assert scores({}) == ""
 
 
 def test_without_weights_the_runs_with_dinov2_are_left_out(
