@@ -61,6 +61,7 @@ FIELD_SMALL = (
     *FIELD,
     "recipe.view_set.interval=[1,2]",
     "data.rooms.scenes=240",
+    "recipe.view_set.plans_per_scene=2",
     "data.rooms.width=160",
     "data.rooms.height=120",
     "encoders.patches.height=84",
@@ -72,7 +73,7 @@ FIELD_SMALL = (
     "encoders.semantic.dtype=float32",
     "service.threads=1",
     "trainer.precision=float32",
-    "trainer.steps=200",
+    "trainer.steps=150",
     "trainer.micro_batch=4",
     "trainer.warmup_steps=20",
 )
