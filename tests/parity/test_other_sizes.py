@@ -21,7 +21,7 @@ assert _spec is not None
 assert _spec.loader is not None
 parity = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(parity)
-cases, close = parity.cases, parity.close
+cases, assert_close = parity.cases, parity.close
 
 FOLDER = os.environ.get("LOOM3D_PARITY", "")
 
@@ -80,7 +80,7 @@ def test_what_is_written_out_is_what_was_published() -> None:
     )  # fmt: skip
     for name, value in found.items():
         if f"out/{name}" in tensors:
-            close(value, tensors[f"out/{name}"], 1e-5 if name.startswith("loss") else 1e-4, name)
+            assert_close(value, tensors[f"out/{name}"], 1e-5 if name.startswith("loss") else 1e-4, name)
     meta, tensors = parity.read_case(Path(FOLDER) / "vggt_a.npz")
     state = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("sd/")}
     compare_vggt(state, meta["config"], tensors["in/images"], {n[4:]: t for n, t in tensors.items() if "out/" in n})
@@ -89,15 +89,15 @@ def test_what_is_written_out_is_what_was_published() -> None:
 def compare_vggt(state: dict[str, Tensor], config: dict[str, Any], images: Tensor, expected: dict[str, Tensor]) -> None:
     outputs = written.aggregated(images, None, state, config)
     for layer, output in enumerate(outputs):
-        close(output, expected[f"agg{layer}"], 1e-4, f"agg{layer}")
+        assert_close(output, expected[f"agg{layer}"], 1e-4, f"agg{layer}")
     for number, pose in enumerate(written.poses(outputs, state, config)):
-        close(pose, expected[f"pose{number}"], 1e-5, f"pose{number}")
+        assert_close(pose, expected[f"pose{number}"], 1e-5, f"pose{number}")
     size = (images.shape[-2], images.shape[-1])
     depth, depth_conf, points, points_conf = written.depth_and_points(outputs, size, state, config)
-    close(depth[..., None], expected["depth"], 1e-4, "depth")
-    close(depth_conf, expected["depth_conf"], 1e-4, "depth_conf")
-    close(points, expected["points"], 1e-4, "points")
-    close(points_conf, expected["points_conf"], 1e-4, "points_conf")
+    assert_close(depth[..., None], expected["depth"], 1e-4, "depth")
+    assert_close(depth_conf, expected["depth_conf"], 1e-4, "depth_conf")
+    assert_close(points, expected["points"], 1e-4, "points")
+    assert_close(points_conf, expected["points_conf"], 1e-4, "points_conf")
 
 
 @torch.no_grad()
@@ -164,14 +164,14 @@ def test_spa3r(asymmetric: bool, config: dict[str, Any], mask: Tensor, size: tup
     )
     got = cases.run_case(model, meta, {"images": images, "view_mask": mask})
     for name, value in expected.items():
-        close(got[name], value.detach(), 1e-5 if name.startswith("loss") else 1e-4, name)
+        assert_close(got[name], value.detach(), 1e-5 if name.startswith("loss") else 1e-4, name)
     expected["loss/total"].backward()
     got["loss"].backward()
     rounding = max(float(leaves[name].grad.abs().max()) for name in trained) * torch.finfo(torch.float32).eps  # type: ignore[union-attr]
     for name in sorted(trained):
         gradient = leaves[name].grad
         assert gradient is not None, name
-        close(cases.gradient(model, name), gradient, 1e-3, f"gradient of {name}", rounding)
+        assert_close(cases.gradient(model, name), gradient, 1e-3, f"gradient of {name}", rounding)
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_all_context_is_what_answers_are_made_of() -> None:
         grid = (size[0] // 14, size[1] // 14)
         last = written.aggregated(images, None, state, config["vggt"])[-1][:, :, -grid[0] * grid[1] :]
         expected = written.encoded(last, grid, state, config)[:, : config["num_queries"]]
-        close(cases.run_case(model, meta, {"images": images})["latents"], expected, 1e-4, "latents")
+        assert_close(cases.run_case(model, meta, {"images": images})["latents"], expected, 1e-4, "latents")
 
 
 def vlm_config(text: dict[str, Any], vision: dict[str, Any], **geometry: Any) -> dict[str, Any]:
@@ -246,12 +246,12 @@ def test_spa3_vlm_is_transformers_with_other_image_features(
     base: Any = model.vlm.language
     seen = torch.cat(base.model.get_image_features(inputs["pixel_values"], inputs["grid"]).pooler_output)
     read = written.fused(seen, latents, state, text["num_attention_heads"])
-    close(got["fused"], read, 1e-4, "fused")
+    assert_close(got["fused"], read, 1e-4, "fused")
     features: Any = (read,)
     base.model.get_image_features = lambda *_, **__: BaseModelOutputWithPooling(pooler_output=features)
     whole = base(
         input_ids=ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["grid"], labels=labels,
         mm_token_type_ids=(ids == image).int(),
     )  # fmt: skip
-    close(got["logits"], whole.logits, 1e-4, "logits")
-    close(got["loss"], whole.loss, 1e-5, "loss")
+    assert_close(got["logits"], whole.logits, 1e-4, "logits")
+    assert_close(got["loss"], whole.loss, 1e-5, "loss")
