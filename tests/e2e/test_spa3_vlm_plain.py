@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import configs
@@ -15,6 +16,7 @@ from actors.report.collect import collect
 from configs import ConfigError
 from models.pretrained import load_pretrained
 from models.spa3r.vlm.model import Spa3VLM
+from tests.support.films import write_video
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -89,3 +91,47 @@ def test_another_run_can_be_named_and_must_be_a_plain_one(root: Path) -> None:
     result = driver.train(load(f"run:{PLAIN}"))
     assert PLAIN in result.metrics["text/ce"]["also"]
     assert not (root / "runs" / "third-plain").exists()
+
+
+def write_vsibench(folder: Path) -> Path:
+    """Four questions about one video, in the benchmark's own files."""
+    draw = np.random.default_rng(0)
+    write_video(folder / "scannet" / "scene0011_00.mp4", [draw.integers(0, 256, (48, 64, 3), np.uint8)] * 9)
+    about = {"dataset": "scannet", "scene_name": "scene0011_00"}
+    kinds = [
+        ("object_counting", "4", None), ("object_size_estimation", "120", None), ("room_size_estimation", "9", None),
+        ("route_planning", "B", ["A. left", "B. right"]),
+    ]  # fmt: skip
+    rows = [
+        {"id": n, **about, "question_type": kind, "question": "What?", "ground_truth": truth, "options": options}
+        for n, (kind, truth, options) in enumerate(kinds)
+    ]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_benchmark_of_videos_is_asked_of_both(root: Path, tmp_path: Path) -> None:
+    added = [
+        "data.sources.vsi.format=benchmark", f"data.sources.vsi.root={write_vsibench(tmp_path)}",
+        "data.sources.vsi.options={name: vsibench, frames: 3}", "evaluate.samples=4",
+    ]  # fmt: skip
+    page, found = evaluate_run(str(root / "runs" / NAME), added)
+    rows = {name: row for name, row in found["metrics"].items() if "(vsi)" in name}
+    assert len(rows) == 2, "by both readers of numbers"
+    for name, row in rows.items():
+        told = row["protocol"]
+        assert (told["frames"], told["frames_at_most"], told["questions"]) == ({"3": 4}, 3, 4)
+        assert told["prompt"].startswith("These are frames of a video.")
+        assert ("a later harness" in told["parser"]) == ("vsibench-words" in name)
+        assert PLAIN in row["also"]
+        assert name in page.read_text()
+    for run in (NAME, PLAIN):
+        below = root / "runs" / run / "lmms_eval" / run
+        (results,) = below.glob("*_results.json")
+        content = json.loads(results.read_text())
+        assert content["n-samples"] == {"vsibench": {"original": 4, "effective": 4}}
+        assert content["configs"]["vsibench"]["metadata"]["frames"] == {"3": 4}
+        (lines,) = below.glob("*_samples_vsibench.jsonl")
+        answers = [json.loads(line) for line in lines.read_text().splitlines()]
+        assert [line["target"] for line in answers] == ["4", "120", "9", "B"]
+        assert all(line["input"].startswith("These are frames of a video.\nWhat?") for line in answers)
