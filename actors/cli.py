@@ -84,6 +84,11 @@ VERBS: Mapping[str, Verb] = {
             _JSON,
             _option("--rates", metavar="RUN", help="run folder whose measured rates replace the configured ones"),
             _option("--address", metavar="ADDRESS", help="take the nodes from this running cluster"),
+            _option(
+                "--strategies",
+                action="store_true",
+                help="compare memory of one worker over DDP, FSDP2, ZeRO with and without offload; full and LoRA",
+            ),
         ),
     ),
     "evaluate": Verb(

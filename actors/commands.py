@@ -56,7 +56,8 @@ def plan(args: argparse.Namespace) -> int:
     config = configure(args)
     from actors import preflight
 
-    result = preflight.plan(config, rates=Path(args.rates) if args.rates else None, address=args.address or "")
+    rates = Path(args.rates) if args.rates else None
+    result = preflight.plan(config, rates=rates, address=args.address or "", compare=args.strategies)
     print(json.dumps(result.as_dict(), indent=2) if args.json else preflight.render(result))
     return 0 if result.fits else 1
 

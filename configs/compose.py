@@ -23,9 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.convert import nearest, to_dict
 from configs.errors import ConfigError
 from configs.schema import RunConfig
+from configs.validate import ROLES
 
 DEFAULT_RECIPE = "probe"
 DEFAULT_SIZE = "tiny"
+EVERY_ROLE = "*"
 
 
 @cache
@@ -62,9 +64,19 @@ def compose_tree(overrides: Sequence[str], base: Mapping[str, Any] | None = None
         )
     else:
         tree = copy.deepcopy(dict(base))
+    _give_every_role(tree)
     for override in keys:
         _apply(tree, override)
     return tree
+
+
+def _give_every_role(tree: dict[str, Any]) -> None:
+    """A described cluster may say under ``cluster.roles.*`` what a worker of any role gets; a role's own keys stand."""
+    roles = tree.get("cluster", {}).get("roles", {})
+    common = roles.pop(EVERY_ROLE, None)
+    if common is not None:
+        recipe = tree.get("recipe", {}).get("name", DEFAULT_RECIPE)
+        roles |= {role: {**common, **roles.get(role, {})} for role in ROLES.get(recipe, ())}
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[Override], list[Override]]:

@@ -466,7 +466,7 @@ class ClusterConfig:
     address: str = ""
     # Nodes that `plan` packs the roles onto, and that mode=local pretends to have.
     nodes: dict[str, NodeConfig] = field(default_factory=lambda: {"local": NodeConfig()})
-    # Worker groups by role.
+    # Worker groups by role. An option of the group cluster may say "*" for all roles of the recipe.
     roles: dict[str, RoleConfig] = field(default_factory=lambda: {"trainer": RoleConfig()})
     # Restarts of a failed worker group before the run ends.
     max_failures: int = 3

@@ -85,8 +85,14 @@ _NEEDS: Mapping[str, tuple[str, str]] = {
 EXAMPLES: Mapping[frozenset[str], str] = {
     frozenset({"trainer"}): "mixed-gpus",
     frozenset({"llm"}): "mixed-gpus-language",
+    frozenset({"vlm"}): "8x80gb",
     frozenset({"llm", "diffusion"}): "mixed-gpus-joint",
 }
+
+
+def gpu_memory_gb(config: RunConfig) -> float:
+    """Memory of the largest GPU that the cluster's description names; 0 where it names none."""
+    return max((spec.gpu_memory_gb for spec in config.cluster.nodes.values()), default=0.0)
 
 
 def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_memory_gb: float) -> Iterator[str]:
@@ -109,7 +115,8 @@ def memory_problems(roles: Sequence[RolePlan], nodes: Sequence[NodePlan], gpu_me
             yield (
                 f"role {role.role!r}: one worker needs about {role.device_bytes / GB:.1f} GB of GPU memory, "
                 f"{role.asks['GPU']:g} GPU of {gpu_memory_gb:g} GB has {room / GB:.1f} GB; lower trainer.micro_batch "
-                "(with more accumulation), or set trainer.activation_checkpointing=true or trainer.precision=bfloat16"
+                "(with more accumulation), set trainer.activation_checkpointing=true or trainer.precision=bfloat16, or "
+                "choose another backend, offload or peft=lora: `loom3d plan --strategies` compares them"
             )
 
 

@@ -9,21 +9,22 @@ from pathlib import Path
 
 from actors.preflight import checks
 from actors.preflight.batches import ANSWERED, Lengths
-from actors.preflight.encoders import EncoderCost, encoder_costs, with_upstreams
-from actors.preflight.memory import PROCESS_BYTES
+from actors.preflight.cached import cache_plan
+from actors.preflight.encoders import EncoderCost, encoder_costs
 from actors.preflight.missing import missing
-from actors.preflight.plan import CachePlan, EdgePlan, NodePlan, Plan, RolePlan
+from actors.preflight.plan import EdgePlan, Plan
 from actors.preflight.rates import Rates, measured_rates
 from actors.preflight.roles import RoleCost, role_costs
 from actors.preflight.schedule import schedule
 from actors.preflight.sizes import DataSize, data_sizes, most_pictures
+from actors.preflight.strategies import strategies
 from actors.preflight.view_sets import Drawn, describe_choices, drawn
+from actors.preflight.workers import node_plan, role_plan
 from actors.recipes import open_recipe
 from configs.schema import RunConfig
 from services.errors import PlacementError
 from services.runtime import placement
 from services.runtime.placement import Node
-from services.streams.inputs import entry_kinds, used_encoders
 from services.streams.sampling import PAIR_KINDS
 
 LEAST_TEXT = 64
@@ -37,6 +38,7 @@ def plan(
     address: str = "",
     nodes: Sequence[Node] = (),
     fetch: bool = False,
+    compare: bool = False,
 ) -> Plan:
     """What a run of ``config`` needs, without starting it.
 
@@ -45,6 +47,7 @@ def plan(
         rates: Run folder whose measured step and encode times replace FLOPs over given TFLOP/s.
         address: A running cluster whose nodes are used instead of ``cluster.nodes``.
         nodes: The nodes, where they are known already.
+        compare: Say what every backend would need, with and without low-rank updates.
         fetch: Try to have weights and tokenizers with hub names, as the run would, before they count as missing.
 
     Raises:
@@ -56,18 +59,17 @@ def plan(
     absent = missing(config, encoders, fetch=fetch)
     data = data_sizes(config)
     sizes = _lengths(config, encoders, data)
-    costs = role_costs(config, encoders, max(size.classes for size in data) or 1, sizes)
+    classes = max(size.classes for size in data) or 1
+    costs = role_costs(config, encoders, classes, sizes)
     sets = drawn(config, data)
-    records = _records(config, encoders, data) | (dict(sets.stored) if sets else {})
-    cache = _cache(config, encoders, records, sets)
+    cache = cache_plan(config, encoders, data, sets)
     bundles = placement.bundles_from_config(config)
     placed, problems = _place(config, bundles, machines)
-    roles = tuple(_role(config, bundle, placed.get(bundle.role, ()), costs, encoders) for bundle in bundles)
-    node_plans = tuple(_node(node, roles) for node in machines)
-    gpu_memory = max((spec.gpu_memory_gb for spec in config.cluster.nodes.values()), default=0.0)
+    roles = tuple(role_plan(config, bundle, placed.get(bundle.role, ()), costs, encoders) for bundle in bundles)
+    node_plans = tuple(node_plan(node, roles) for node in machines)
     problems += [
         *checks.storage_problems(config, node_plans),
-        *checks.memory_problems(roles, node_plans, gpu_memory),
+        *checks.memory_problems(roles, node_plans, checks.gpu_memory_gb(config)),
         *checks.disk_problems(config, cache),
         *checks.data_problems(config, data),
         *checks.leak_problems(config),
@@ -88,6 +90,7 @@ def plan(
         schedule=schedule(config, costs, encoders, data, cache, found, sets),
         problems=tuple(problems),
         missing=tuple(absent),
+        strategies=strategies(config, encoders, classes, sizes, roles, machines, costs) if compare else (),
         notes=(
             *_notes(config, data, encoders, costs, sizes),
             *_set_notes(config, sets, encoders),
@@ -145,74 +148,6 @@ def _place(
         return dict(placement.place(bundles, machines).nodes), []
     except PlacementError as error:
         return {}, [str(error)]
-
-
-def _role(
-    config: RunConfig,
-    bundle: placement.Bundle,
-    nodes: tuple[str, ...],
-    costs: Mapping[str, RoleCost],
-    encoders: Mapping[str, EncoderCost],
-) -> RolePlan:
-    """Memory of one worker: tensors on its GPU if it has one, else in host memory beside the process itself."""
-    # A replica runs all encoders that are asked for; one of them works at a time.
-    working = max(e.memory(config.encoders[name].batch_size) - e.weight_bytes for name, e in encoders.items())
-    encoding = sum(encoder.weight_bytes for encoder in encoders.values()) + working
-    if bundle.role == "feature":
-        peak, buffers = encoding, config.cache.shard_bytes
-    else:
-        cost = costs[bundle.role]
-        peak, buffers = cost.peak, config.trainer.prefetch_steps * cost.batch + cost.host
-        if config.cluster.mode == "inline" and bundle.role == next(iter(costs)):
-            buffers += encoding  # in the one process that there is
-    on_gpu = bundle.asks.get("GPU", 0.0) > 0
-    return RolePlan(
-        role=bundle.role,
-        workers=bundle.count,
-        asks=dict(bundle.asks),
-        nodes=nodes,
-        host_bytes=PROCESS_BYTES + buffers + (0 if on_gpu else peak),
-        device_bytes=peak if on_gpu else 0,
-    )
-
-
-def _node(node: Node, roles: Sequence[RolePlan]) -> NodePlan:
-    return NodePlan(
-        name=node.name,
-        offers=dict(node.offers),
-        host_bytes=sum(role.host_bytes * role.nodes.count(node.name) for role in roles),
-        device_bytes=sum(role.device_bytes * role.nodes.count(node.name) for role in roles),
-    )
-
-
-def _records(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> dict[str, int]:
-    """Encoder -> records of all splits: one a picture that a kind of the run reads with it, or with one behind it."""
-    kinds: dict[str, set[str]] = {name: set() for name in encoders}
-    for name in used_encoders(config):
-        for needed in with_upstreams(name, config):
-            kinds[needed] |= entry_kinds(config, name)
-    found = {}
-    for name, wanted in kinds.items():
-        entries = {"scene"} if "item" in wanted and all(size.of for size in data if size.most_pictures) else set()
-        found[name] = sum(size.pictures_of(entry) for size in data for entry in wanted | entries)
-    return found
-
-
-def _cache(
-    config: RunConfig, encoders: Mapping[str, EncoderCost], records: dict[str, int], sets: Drawn | None
-) -> CachePlan:
-    """Admission keeps what is there, so a budget gives its share of hits."""
-    cache = config.cache
-    total = sum(records[name] * encoder.record_bytes for name, encoder in encoders.items())
-    share = 1.0 if not cache.budget_bytes or not total else min(1.0, cache.budget_bytes / total)
-    share = 0.0 if cache.mode == "never" else share
-    return CachePlan(
-        mode=cache.mode,
-        encoders=records,
-        bytes=total,
-        budget_bytes=cache.budget_bytes,
-        hit_rates=tuple(share * rate for rate in sets.hit_rates) if sets else (0.0, share, share),
-    )
 
 
 def _set_notes(config: RunConfig, sets: Drawn | None, encoders: Mapping[str, EncoderCost]) -> list[str]:

@@ -55,6 +55,10 @@ class CachePlan:
     mode: str
     encoders: dict[str, int]
     """Encoder -> records of all splits."""
+    sizes: dict[str, int]
+    """Encoder -> bytes of these records."""
+    inputs: dict[str, float]
+    """Encoder -> how many inputs of the size that its cost is of take as much work as making them all."""
     bytes: int
     """Of all records."""
     budget_bytes: int
@@ -106,6 +110,32 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """One role on one backend, trained whole or with low-rank updates; the other roles as the run has them."""
+
+    role: str
+    peft: str
+    backend: str
+    offload: str
+    trainable: int
+    device_bytes: int
+    """Of one worker on its GPU; 0 for a role without GPUs."""
+    host_bytes: int
+    """Of one worker."""
+    room_bytes: int
+    """Of the worker's share of a GPU; 0 where it has none, or its size is not known."""
+    problems: tuple[str, ...]
+    """Why it does not fit; empty where it does."""
+    chosen: bool
+    """Whether it is what the run has."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether GPUs and nodes have the memory."""
+        return not self.problems
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that ``loom3d plan`` says."""
 
@@ -129,6 +159,8 @@ class Plan:
     missing: tuple[str, ...] = ()
     """What the run starts from that is not on this machine. A plan may be made before; the run cannot start."""
     notes: tuple[str, ...] = ()
+    strategies: tuple[Strategy, ...] = ()
+    """Where they were asked for."""
 
     @property
     def fits(self) -> bool:
@@ -142,6 +174,8 @@ class Plan:
         tree["cache"] |= {"records": self.cache.records, "stored_bytes": self.cache.stored_bytes}
         for role, cost in self.steps.items():
             tree["steps"][role] |= {"trainable": cost.trainable, "frozen": cost.frozen, "flops": cost.flops}
+        for strategy, found in zip(tree["strategies"], self.strategies, strict=True):
+            strategy["fits"] = found.fits
         for node in tree["nodes"]:
             node["offers"] = {k: v for k, v in node["offers"].items() if v != float("inf")}
         return tree

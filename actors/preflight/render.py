@@ -21,6 +21,8 @@ def render(plan: Plan, width: int = 120) -> str:
     edges = [_edges(plan)] if plan.edges else []
     for table in (_roles(plan), *edges, _encoders(plan), _schedule(plan)):
         console.print(table)
+    if plan.strategies:
+        console.print(_strategies(plan))
     for text in plan.missing:
         console.print(f"missing: {text}", highlight=False)
     for note in plan.notes:
@@ -104,11 +106,12 @@ def _encoders(plan: Plan) -> Table:
     rows = []
     for encoder in plan.encoders:
         outputs = ", ".join(f"{name} {form(spec.shape)}" for name, spec in encoder.outputs.items())
-        stored = f"{cache.encoders[encoder.name]} records of {size(encoder.record_bytes)}"
+        records, whole = cache.encoders[encoder.name], cache.sizes[encoder.name]
+        stored = f"{records} records of {size(whole / records if records else encoder.record_bytes)}"
         rows += [
             ("encoder", f"{encoder.name}: {count(encoder.parameters)} parameters"),
             ("an input", f"{count(encoder.flops)}FLOP -> {outputs}"),
-            ("all inputs", f"{stored}: {size(cache.encoders[encoder.name] * encoder.record_bytes)}"),
+            ("all inputs", f"{stored}: {size(whole)}"),
         ]
     budget = f", of which {size(cache.budget_bytes)} may be stored" if cache.budget_bytes else ""
     hits = ", ".join(f"{rate:.0%}" for rate in cache.hit_rates)
@@ -117,6 +120,32 @@ def _encoders(plan: Plan) -> Table:
         ("cache hits", f"{hits} in epochs 1, 2, 3, if nothing is stored yet (cache.mode={cache.mode})"),
     ]
     return _facts("frozen features", rows)
+
+
+def _strategies(plan: Plan) -> Table:
+    """Memory of one worker by strategy; an arrow before what the run has."""
+    rows = []
+    for one in plan.strategies:
+        room = f" of {size(one.room_bytes)}" if one.room_bytes else ""
+        rows.append(
+            (
+                "->" if one.chosen else "",
+                one.role,
+                {"none": "full", "lora": "LoRA"}[one.peft] + f", {count(one.trainable)} trained",
+                one.backend,
+                one.offload,
+                size(one.device_bytes) + room if one.device_bytes else "-",
+                size(one.host_bytes),
+                "fits" if one.fits else "no",
+            )
+        )
+    ranks = ", ".join(
+        f"{role.workers} x {role.role} with {plan.samples[role.role]} samples each"
+        for role in plan.roles
+        if role.role in plan.samples
+    )
+    columns = ("", "role", "finetuning", "backend", "offload", "GPU memory of one", "host memory of one", "")
+    return _table(f"strategies ({ranks})", columns, rows)
 
 
 def _schedule(plan: Plan) -> Table:

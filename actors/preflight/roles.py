@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.preflight.batches import Lengths, fake_batch
 from actors.preflight.encoders import EncoderCost
@@ -18,8 +18,8 @@ from actors.preflight.memory import StepCost, spread, step_and_outputs
 from actors.recipes import Recipe, open_recipe
 from actors.recipes.base import Facts
 from configs.roles import role_config
-from configs.schema import RunConfig
-from models.spec import TensorSpec
+from configs.schema import BackendConfig, RunConfig
+from models.spec import RoleSpec, TensorSpec
 from models.uniugg.losses_rgb import colour_terms
 from services.errors import ModelError
 from services.streams.columns import column_specs
@@ -81,6 +81,32 @@ class RoleCost:
         return max(cost.host for cost in self.kinds.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """One worker's micro-batches of a role as a process alone has them, before a backend divides anything."""
+
+    module: nn.Module
+    spec: RoleSpec
+    kinds: Mapping[str, StepCost]
+    micro_batches: Mapping[str, int]
+    samples: int
+    sends: Mapping[str, int]
+    receives: Mapping[str, int]
+
+    def on(self, backend: BackendConfig, workers: int, *, accelerated: bool) -> RoleCost:
+        """The cost of one of ``workers``; ``accelerated``: on a GPU."""
+        return RoleCost(
+            kinds={
+                kind: spread(cost, self.module, self.spec, backend, workers, accelerated=accelerated)
+                for kind, cost in self.kinds.items()
+            },
+            micro_batches=self.micro_batches,
+            samples=self.samples,
+            sends=self.sends,
+            receives=self.receives,
+        )
+
+
 def role_costs(
     config: RunConfig, encoders: Mapping[str, EncoderCost], classes: int, lengths: Lengths
 ) -> dict[str, RoleCost]:
@@ -92,11 +118,23 @@ def role_costs(
         classes: Semantic classes of the data.
         lengths: Of ragged columns.
     """
+    found = {}
+    for role, traced in trace_roles(config, encoders, classes, lengths).items():
+        asked = config.cluster.roles[role]
+        backend = role_config(config, role).backend
+        found[role] = traced.on(backend, min(asked.workers), accelerated=asked.num_gpus > 0)
+    return found
+
+
+def trace_roles(
+    config: RunConfig, encoders: Mapping[str, EncoderCost], classes: int, lengths: Lengths
+) -> dict[str, Traced]:
+    """Every role of the recipe, stepped without memory; arguments and errors as of :func:`role_costs`."""
     recipe = open_recipe(config)
     facts = Facts(outputs=lambda name: encoders[name].outputs, classes=classes, assume=True)
     counts = Counter(micro_batch_kinds(config.recipe.quotas, config.trainer.accumulation))
     crossing: dict[tuple[str, str, str], Tensor] = {}
-    return {role: _role_cost(recipe, role, facts, counts, lengths, crossing) for role in _sources_first(recipe)}
+    return {role: _trace(recipe, role, facts, counts, lengths, crossing) for role in _sources_first(recipe)}
 
 
 def _sources_first(recipe: Recipe) -> Sequence[str]:
@@ -110,33 +148,22 @@ def _sources_first(recipe: Recipe) -> Sequence[str]:
     return ordered
 
 
-def _role_cost(
+def _trace(
     recipe: Recipe,
     role: str,
     facts: Facts,
     counts: Mapping[str, int],
     lengths: Lengths,
     crossing: dict[tuple[str, str, str], Tensor],
-) -> RoleCost:
+) -> Traced:
     """One role; ``crossing`` holds by (role, kind, tensor) what the roles before it send, and gets what it sends."""
-    from actors.trainers.roles import adapt
-
     config = role_config(recipe.config, role)
-    workers = min(config.cluster.roles[role].workers)
-    samples = config.trainer.micro_batch // workers
+    samples = config.trainer.micro_batch // min(config.cluster.roles[role].workers)
     specs = role_columns(config, role, facts)
-    settings, bare = recipe.describe(role, facts), without_weights(recipe)
-    with building():
-        built = bare.rebuild(role, settings)
-        if config.peft.method != "none" and not (config.peft.targets or built.spec.lora_targets):
-            raise ModelError(
-                f"peft.method={config.peft.method}: {config.model.name} names no modules for it (it is trained whole); "
-                "set peft.targets, or peft=none"
-            )
-        module = adapt(recipe.config, role, built)
+    module, spec = _described(recipe, role, facts)
     kinds, taken, sends, receives = {}, {}, Counter[str](), Counter[str]()
     for kind, count in counts.items():
-        if kind not in specs or not built.spec.takes_part(kind):
+        if kind not in specs or not spec.takes_part(kind):
             continue
         batch = fake_batch(kind, specs[kind], samples, lengths, module)
         incoming = [e for e in recipe.edges if e.target == role and kind in e.kinds]
@@ -147,7 +174,7 @@ def _role_cost(
         }
         cost, outputs = step_and_outputs(
             module,
-            built.spec,
+            spec,
             batch,
             received,
             autocast=config.trainer.precision == "bfloat16",
@@ -159,10 +186,28 @@ def _role_cost(
             sizes = {t.name: outputs[t.name].numel() * outputs[t.name].element_size() for t in edge.tensors}
             sends[edge.target] += count * sum(sizes.values())
             receives[edge.target] += count * sum(sizes[t.name] for t in edge.tensors if t.gradient)
+        kinds[kind], taken[kind] = cost, count
+    return Traced(
+        module=module, spec=spec, kinds=kinds, micro_batches=taken, samples=samples, sends=dict(sends),
+        receives=dict(receives),
+    )  # fmt: skip
+
+
+def _described(recipe: Recipe, role: str, facts: Facts) -> tuple[nn.Module, RoleSpec]:
+    """A role's module as it is trained, without memory. ModelError where it cannot be adapted as the run asks."""
+    from actors.trainers.roles import adapt, base_dtype
+
+    config = role_config(recipe.config, role)
+    settings, bare = recipe.describe(role, facts), without_weights(recipe)
+    with building():
+        built = bare.rebuild(role, settings)
+        if config.peft.method != "none" and not (config.peft.targets or built.spec.lora_targets):
+            raise ModelError(
+                f"peft.method={config.peft.method}: {config.model.name} names no modules for it (it is trained whole); "
+                "set peft.targets, or peft=none"
+            )
         gpu = config.cluster.roles[role].num_gpus > 0
-        kinds[kind] = spread(cost, module, built.spec, config.backend, workers, accelerated=gpu)
-        taken[kind] = count
-    return RoleCost(kinds=kinds, micro_batches=taken, samples=samples, sends=dict(sends), receives=dict(receives))
+        return adapt(recipe.config, role, built, base=base_dtype(recipe, role, accelerated=gpu)), built.spec
 
 
 def without_weights(recipe: Recipe) -> Recipe:

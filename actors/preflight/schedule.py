@@ -54,7 +54,7 @@ def schedule(
     step_s = rates.step_s or computed
     # A measured step includes its reading.
     read_s = 0.0 if rates.step_s else max(_read_seconds(config, role, encoders, counts) for role in costs)
-    encode_s = sum(_encode_seconds(config, encoder, rates) * cache.encoders[name] for name, encoder in encoders.items())
+    encode_s = sum(_encode_seconds(config, encoder, rates) * cache.inputs[name] for name, encoder in encoders.items())
     total = sum(sum(by_kind.values()) for by_kind in units.values())
     train_share = sum(units["train"].values()) / total if total else 0.0
     training = "training" if len(costs) == 1 else f"training {slowest}"

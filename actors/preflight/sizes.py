@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from configs.schema import RoomsConfig, RunConfig, SourceConfig
 from services.contracts import Split
 from services.data.manifest import Manifest
 from services.errors import DataError
+from services.streams.inputs import ITEM_KINDS
+from services.streams.plan import PACKING
 from services.streams.sampling import PAIR_KINDS, needs_pairs
 
 #: Formats without posed depth, of which no pairs can be made.
@@ -45,6 +48,14 @@ class DataSize:
     """Split -> views of each of its scenes; empty where it is not known."""
     of: str = ""
     """Source whose pictures these are; "" for pictures of its own."""
+    shown: int = 0
+    """Different pictures of all items."""
+    sets: Mapping[int, int] = field(default_factory=dict)
+    """Pictures of an item -> different sets of so many; conversations about the same pictures in order share one."""
+    groups: Mapping[str, Sequence[tuple[int, int, int]]] = field(default_factory=dict)
+    """Split -> (pictures, conversations about them, sets that are so) of all sets; empty where it is not known."""
+    packed: int = 1
+    """Conversations about the same pictures that make one sample, at most."""
 
     @property
     def total_views(self) -> int:
@@ -56,17 +67,17 @@ class DataSize:
         if kind in PAIR_KINDS:
             pairs = self._scene_views(split) if self.pairs is None else self.pairs.get(split, 0)
             return pairs * (2 if PAIR_KINDS[kind] else 1)
-        if kind in ("item", "conversation"):
+        if kind == "conversation" and self.packed > 1 and self.groups:
+            groups = self.groups.get(split, ())
+            alone = self.items.get(split, 0) - sum(sets * asked for _, asked, sets in groups)
+            return alone + sum(sets * -(-asked // self.packed) for _, asked, sets in groups)
+        if kind in ITEM_KINDS:
             return self.items.get(split, 0)
         return self._scene_views(split)
 
     def pictures_of(self, entry: str) -> int:
-        """Pictures of all scenes ("scene") or of all items ("item"), of its own."""
-        if self.of:
-            return 0
-        if entry == "item":
-            return sum(self.pictures.values())
-        return sum(self._scene_views(split) for split in self.views)
+        """Different pictures of all items ("item"), or pictures of all scenes ("scene")."""
+        return self.shown if entry == "item" else sum(self._scene_views(split) for split in self.views)
 
     def _scene_views(self, split: str) -> int:
         return self.views.get(split, 0) - self.pictures.get(split, 0)
@@ -74,7 +85,34 @@ class DataSize:
 
 def data_sizes(config: RunConfig) -> list[DataSize]:
     """The size of every source. DataError or ConfigError when a source cannot be opened."""
-    return [_size(name, source, config) for name, source in config.data.sources.items()]
+    found = {name: _size(name, source, config) for name, source in config.data.sources.items()}
+    packed = config.recipe.spa3_vlm.questions_per_sample if config.recipe.name in PACKING else 1
+    return [
+        dataclasses.replace(
+            size, packed=packed, **(_of_scenes(name, found[size.of], config) if _is_unmade(size) else {})
+        )
+        for name, size in found.items()
+    ]
+
+
+def _is_unmade(size: DataSize) -> bool:
+    return bool(size.of) and not size.known
+
+
+def _of_scenes(name: str, scenes: DataSize, config: RunConfig) -> dict[str, Any]:
+    """What will be shown by questions that are made about these scenes when the run starts."""
+    options, views = config.data.sources[name].options, [n for found in scenes.scene_views.values() for n in found]
+    limit = int(options.get("max_views", 0) or config.data.questions.max_views)
+    sets = Counter[int]()
+    shown = 0
+    if options.get("questions", True) or options.get("scenes", False):
+        whole = [min(limit, config.data.questions.max_views, n) for n in views]
+        sets.update(whole)
+        shown = sum(whole)
+    if options.get("views", False) or options.get("single", False):
+        sets[1] += sum(views)
+        shown = sum(views)
+    return {"sets": dict(sets), "shown": shown}
 
 
 def _size(name: str, source: SourceConfig, config: RunConfig) -> DataSize:
@@ -108,6 +146,7 @@ def _stored(name: str, source: SourceConfig, config: RunConfig) -> Manifest | No
 def _counted(name: str, manifest: Manifest, config: RunConfig, of: str = "") -> DataSize:
     views, items, pictures = Counter[str](), Counter[str](), Counter[str]()
     scenes: dict[str, list[int]] = {}
+    asked, shown = Counter[tuple[str, tuple[str, ...]]](), set[str]()
     most = 0
     for entry in manifest.entries:
         views[str(entry.split)] += entry.n_views
@@ -117,6 +156,13 @@ def _counted(name: str, manifest: Manifest, config: RunConfig, of: str = "") -> 
             items[str(entry.split)] += 1
             pictures[str(entry.split)] += entry.n_views
             most = max(most, entry.n_views)
+            shown.update(entry.digests)
+            if entry.n_views:
+                asked[str(entry.split), entry.digests] += 1
+    alike = Counter((split, len(digests), count) for (split, digests), count in asked.items())
+    groups: dict[str, list[tuple[int, int, int]]] = {}
+    for (split, size, count), number in sorted(alike.items()):
+        groups.setdefault(split, []).append((size, count, number))
     return DataSize(
         source=name,
         scenes=len(manifest),
@@ -128,6 +174,9 @@ def _counted(name: str, manifest: Manifest, config: RunConfig, of: str = "") -> 
         pairs=_pairs(name, manifest, config),
         scene_views=scenes,
         of=of,
+        shown=len(shown),
+        sets=dict(Counter(len(digests) for digests in {digests for _, digests in asked})),
+        groups=groups,
     )
 
 
@@ -157,8 +206,8 @@ def _questions(name: str, source: SourceConfig, config: RunConfig) -> DataSize:
 
     of = is_made_of(source)
     limit = int(source.options.get("max_views", 0) or config.data.questions.max_views)
-    if not source.options.get("questions", True):
-        limit = 1  # captions of single views
+    if not source.options.get("questions", True) and not source.options.get("scenes", False):
+        limit = 1  # captions of single views, or questions about them
     unknown = DataSize(source=name, scenes=0, views={}, classes=0, known=False, most_pictures=limit, of=of)
     about = _stored(of, config.data.sources[of], config)
     if about is None:

@@ -25,7 +25,7 @@ USED = [
 #: The public surface: a verb is added or removed on purpose, and CHANGELOG.md says so.
 VERBS = {
     "train": ["--config", "--debug", "overrides"],
-    "plan": ["--address", "--config", "--debug", "--json", "--rates", "overrides"],
+    "plan": ["--address", "--config", "--debug", "--json", "--rates", "--strategies", "overrides"],
     "evaluate": ["--config", "--debug", "--run", "--split", "overrides"],
     "generate": sorted([*USED, "--image", "--out"]),
     "ask": sorted(

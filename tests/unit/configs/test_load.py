@@ -17,6 +17,8 @@ EXTRA = {  # what an option cannot do without
     "cache/shared": ["cache.remote=s3://bucket/features"],
     "logger/mlflow": ["logger.mlflow=http://127.0.0.1:5000"],
     "backend/zero3": ["trainer.ema=0"],
+    "cluster/8x32gb": ["trainer.micro_batch=16"],
+    "cluster/8x80gb": ["trainer.micro_batch=16"],
     "cluster/mixed-gpus": ["trainer.micro_batch=16"],
     "cluster/mixed-gpus-joint": ["recipe=uniugg_joint", "trainer.micro_batch=16"],
     "cluster/mixed-gpus-language": ["recipe=uniugg_align", "trainer.micro_batch=16"],

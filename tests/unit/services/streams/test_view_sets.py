@@ -127,6 +127,26 @@ def test_order_and_roles_are_in_the_key_of_a_set(config, manifest) -> None:
     assert key(config, manifest, 0, 1, 2, targets=(1,)) in keys
 
 
+def test_of_mixed_aspect_ratios_vggt_sees_the_central_part_of_its_own(config, tmp_path) -> None:
+    """One size a run, 28x42 here: other shapes are cut around their middle; none is stretched or refused."""
+    pixels = np.random.default_rng(5).integers(0, 256, (3, 60, 60, 3), np.uint8)
+    shapes = {"square": pixels[0], "wide": pixels[1][:28], "fitting": pixels[2][:40]}
+    cut = {"square": pixels[0][10:50], "wide": pixels[1][:28, 9:51], "fitting": pixels[2][:40]}
+    sets = {}
+    for name, pictures in (("as they are", shapes), ("cut", cut)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for place, picture in pictures.items():
+            Image.fromarray(picture).save(folder / f"{place}.png")
+        views = tuple(View(image=ImageRef(path=str(folder / f"{place}.png"))) for place in pictures)
+        mixed = Manifest([Scene(id="room0", views=views)])
+        (request,) = feature_requests(sample(0, 1, 2), mixed, "views", config)
+        (sets[name],) = Encoder("views", config).encode([request])
+    assert sets["as they are"]["tokens"].data.shape[:4] == (3, 1, 2, 3)
+    for name, tensor in sets["cut"].items():
+        assert np.array_equal(sets["as they are"][name].data, tensor.data)
+
+
 def test_sets_share_what_is_made_of_single_pictures(config, manifest, counting) -> None:
     store = open_store(config)
     with closing(FeatureClient(config, store, make_encoder=counting)) as client:
