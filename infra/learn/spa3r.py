@@ -93,6 +93,7 @@ ANSWERS = (
 )
 #: Every kind of geometry goes on from one language model, which learns to answer without; so does the one without.
 BASE_STEPS, STEPS = 500, 250
+BLIND_BATCH = 13
 GEOMETRY = ("none", "vggt", "append", "cross")
 
 
@@ -110,10 +111,11 @@ def jobs(seeds: int, small_seeds: int) -> list[Job]:
 
 def answers(seed: int) -> list[Job]:
     """The language models of a seed: without pictures, the base, and what goes on from it with each geometry."""
-    blind = f"trainer.steps={BASE_STEPS + STEPS}"
+    # Without pictures there is nothing to share, and a sample is one question: as many of them a step as others see.
+    blind = (f"trainer.steps={BASE_STEPS + STEPS}", f"trainer.micro_batch={BLIND_BATCH}")
     made = [
         job(VLM, "base", "spa3_vlm", seed, *ANSWERS, *geometry("none", seed), f"trainer.steps={BASE_STEPS}"),
-        job(VLM, BLIND, "spa3_vlm", seed, *ANSWERS, *geometry("none", seed), blind),
+        job(VLM, BLIND, "spa3_vlm", seed, *ANSWERS, *geometry("none", seed), *blind),
     ]
     start = (f"model.init.llm=run:base-{seed}/llm", f"trainer.steps={STEPS}")
     return [
