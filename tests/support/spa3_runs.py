@@ -18,6 +18,7 @@ from actors.evaluate import save_parts
 from actors.recipes import Built, Recipe, open_recipe
 from actors.recipes.base import Facts
 from actors.trainers.roles import adapt, write_settings
+from actors.trainers.tensors import fill
 from configs import RunConfig
 from services.features.encode import build_encoder, pin_weights
 
@@ -54,7 +55,9 @@ def _save(config: RunConfig) -> Path:
     for role in recipe.roles:
         built = recipe.rebuild(role, recipe.describe(role, facts))
         write_settings(folder, role, built)
-        trained[role] = dataclasses.replace(built, module=shaken(adapt(config, role, built)))
+        module = adapt(config, role, built)
+        fill(module, built.weights or {})
+        trained[role] = dataclasses.replace(built, module=shaken(module))
     save_parts(recipe, trained, folder, STEP)
     return folder
 

@@ -155,6 +155,17 @@ def test_frames_are_read_once_for_all_questions(
     assert len(shown) > 3, "three batches of questions behind them"
 
 
+@pytest.mark.parametrize("geometry", ["append", "vggt"])
+def test_every_geometry_is_asked(
+    geometry: str, made: tuple[Path, RunConfig], media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(made[1].storage.root)
+    folder, _ = make_vlm_run(root, f"name={geometry}", f"recipe.spa3_vlm.geometry={geometry}")
+    found = asked(folder, "--video", str(media / "frames"), "--question", QUESTION, capsys=capsys)
+    assert len(found["answers"]) == 1
+    assert sum(found["features"].values()) >= 4 + 1, "tokens of four frames, and what all of them are together"
+
+
 def test_mixed_shapes_are_read_and_said(
     made: tuple[Path, RunConfig], media: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
