@@ -13,6 +13,9 @@ import pytest
 
 from actors.cli import main
 from models import _torchvision  # noqa: F401  transformers imports torchvision
+from services.contracts import ImageRef
+from services.data.images import load_image
+from tests.support.films import write_video
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,11 +42,19 @@ SMALLEST = (
 TINY = (*SMALLEST, "encoders.features.height=56", "encoders.features.width=56")
 PAIRS = (*SMALLEST, "data.pairs.min_overlap=0.01", "data.pairs.max_overlap=1.0", "evaluate.samples=2")
 UNIUGG = (*PAIRS, "encoders.vit.height=48", "encoders.vit.width=48")
+SPA3 = (*SMALLEST, "evaluate.samples=2", "encoders.patches.height=42", "encoders.patches.width=56")
 #: Recipe -> settings of its smallest run.
 OF_RECIPE = {
+    "spa3r_pretrain": (
+        *SPA3, "recipe.view_set.views=[4,4]", "encoders.semantic.height=48", "encoders.semantic.width=64",
+    ),
+    "spa3_vlm": (
+        *SPA3, "encoders.visual.side=56", "encoders.visual.height=28", "encoders.visual.width=56",
+        "generate.max_new_tokens=3",
+    ),
     "uniugg_encoder": (*PAIRS, "encoders.teacher.height=48", "encoders.teacher.width=48"),
     **dict.fromkeys(("uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune"), UNIUGG),
-}
+}  # fmt: skip
 
 
 def runnable(command: str) -> bool:
@@ -81,7 +92,9 @@ def test_every_loom3d_command_runs(home: Path, weights: Path, capsys: pytest.Cap
         "/data/scannet": str(rooms),
         "/weights/dinov2-small": str(weights),
         "kitchen.jpg": str(next(rooms.glob("scans/*/color/*"))),
+        "walk.mp4": str(home / "walk.mp4"),
     }
+    write_video(home / "walk.mp4", [load_image(ImageRef(path=str(path))) for path in rooms.glob("scans/*/color/*")])
     commands = [command for command in COMMANDS if runnable(command)]
     assert len(commands) >= 15
     for command in commands:
@@ -94,7 +107,8 @@ def test_every_loom3d_command_runs(home: Path, weights: Path, capsys: pytest.Cap
     assert (home / "runs" / "probe-tiny" / "report" / "index.html").exists()
     assert (home / "runs" / "my-dinov2" / "evaluation.json").exists()
     assert (home / "runs" / "uniugg_finetune-tiny" / "evaluation.json").exists()
-    assert any((home / "exports" / "uniugg").iterdir())
+    for name in ("uniugg", "spa3-vlm", "spa3r"):
+        assert (home / "exports" / name / "README.md").is_file()
 
 
 def smallest(arguments: list[str], home: Path) -> list[str]:

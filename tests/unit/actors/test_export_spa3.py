@@ -194,6 +194,13 @@ def test_exports_are_where_other_runs_begin(exports: dict[str, Any], runs: dict[
     _, built = built_before(config, root / "runs" / "next", "vlm")
     whole = load_pretrained(runs["low"][0] / "weights" / "llm").state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in built.module.state_dict().items())
+    # And a published Qwen2.5-VL, which is read tensor by tensor, is proven behind low-rank updates too.
+    folder, config = make_vlm_run(
+        root, "name=published", f"model.init.language={merged}/language", "peft=lora", "peft.rank=2",
+        "recipe.spa3_vlm.geometry=append",
+    )  # fmt: skip
+    made = export_run(folder, config, root / "out" / "published", merge=True)
+    assert made.proofs["language"].holds
     lazily = StoredTensors.of(merged / "llm")
     assert all(torch.equal(lazily[name], whole[name]) for name in lazily)
     assert "adapter.mlp.fc2.weight" in lazily
