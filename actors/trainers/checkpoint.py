@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actors.trainers.loop import LoopState, TrainLoop
+from actors.trainers.saved import AVERAGE, OPTIMIZER, WEIGHTS, gathered_problem, written_problem
 from actors.trainers.tensors import assign, saved_tensors, whole
-from services.errors import ResumeError
+from services.errors import ResumeError, WeightsError
 
 _log = logging.getLogger("loom3d")
 _MANIFEST = "manifest.json"
@@ -71,30 +72,42 @@ class Checkpoints:
         """Write the loop's state and return its folder. Every rank calls it; rank 0 writes.
 
         Then what is no longer kept is removed, unless ``drop`` is false: a run of several roles decides that itself,
-        with :meth:`drop_except`.
+        with :meth:`drop_except`. WeightsError on every rank when the tensors are not all there; then nothing is left of
+        it, and the newest checkpoint is still the one before.
         """
         backend = loop.backend
-        files = {"weights.safetensors": backend.weights(), "optimizer.safetensors": backend.optimizer_state()}
+        files = {WEIGHTS: backend.weights(), OPTIMIZER: backend.optimizer_state()}
         if loop.average is not None:
-            files["ema.safetensors"] = whole(loop.average.weights, keep=backend.rank == 0)
+            files[AVERAGE] = whole(loop.average.weights, keep=backend.rank == 0)
         state = {"loop": loop.state.as_dict(), "random": backend.exchange(loop.random.state())}
-        name = f"step-{loop.state.step:08d}"
+        name, problem = f"step-{loop.state.step:08d}", ""
         if backend.rank == 0:
-            self._write(name, loop.state.step, files, state, best)
-            if drop:
+            problem = gathered_problem(loop.module, files)
+            problem = problem or self._write(name, loop.state.step, files, state, best)
+            if drop and not problem:
                 self._drop()
-        backend.exchange("saved")
+        problem = backend.exchange(problem)[0]
+        if problem:
+            raise WeightsError(
+                f"{self.folder / name} was not saved, since it would be broken ({problem}). The checkpoints before it "
+                "stay; the disk may be failing, or the backend gathers wrongly: resume with another one (backend=fsdp2)"
+            )
         return self.folder / name
 
     def _write(
         self, name: str, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool
-    ) -> None:
+    ) -> str:
+        """Write a checkpoint whole; returns what is wrong with what was written, and then leaves nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / f".writing-{name}-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         for file, tensors in files.items():
             save_file(dict(tensors), draft / file)
+        problem = written_problem(draft, files)
+        if problem:
+            shutil.rmtree(draft)
+            return problem
         (draft / "state.json").write_text(json.dumps(state))
         manifest = {
             "format": _FORMAT,
@@ -115,6 +128,7 @@ class Checkpoints:
             shutil.rmtree(final)
         draft.rename(final)
         _flush(self.folder)
+        return ""
 
     def _drop(self) -> None:
         """Remove all but the newest ``keep`` and the newest best."""
@@ -206,12 +220,12 @@ class Checkpoints:
 
 def resume(loop: TrainLoop, found: Found) -> None:
     """Put the loop where the checkpoint left it, to the bit for the same backend and number of ranks."""
-    tensors = _read(found, "weights.safetensors")
+    tensors = _read(found, WEIGHTS)
     _check_names(found, saved_tensors(loop.module), tensors)
     loop.backend.load_weights(tensors)
-    loop.backend.load_optimizer_state(_read(found, "optimizer.safetensors"))
+    loop.backend.load_optimizer_state(_read(found, OPTIMIZER))
     if loop.average is not None:
-        averaged = _read(found, "ema.safetensors")
+        averaged = _read(found, AVERAGE)
         for name, tensor in loop.average.weights.items():
             assign(tensor, averaged[name])
     state = json.loads((found.folder / "state.json").read_text())
@@ -226,9 +240,9 @@ def load_weights(module: nn.Module, found: Found, *, averaged: bool = False) -> 
 
     ResumeError lists what is missing or left over.
     """
-    tensors = _read(found, "weights.safetensors")
-    if averaged and "ema.safetensors" in found.manifest["files"]:
-        tensors |= _read(found, "ema.safetensors")
+    tensors = _read(found, WEIGHTS)
+    if averaged and AVERAGE in found.manifest["files"]:
+        tensors |= _read(found, AVERAGE)
     own = saved_tensors(module)
     _check_names(found, own, tensors)
     for name, target in own.items():
