@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 TRAINED = "trained"
 COPY, MEAN_PICTURE, PLANE = "copying the reference", "mean training picture", "mean-depth plane"
-OWN = "the target's own features"
+OWN, STILL = "the target's own features", "the reference's own features"
+"""What the same decoder makes of the features that were to be imagined, and of those that are there already: what
+copying gives somebody who does not know the reference's measured depth."""
 RGB, PROJECTED = "rgb", "projected"
 EXAMPLES_PER_BIN = 2
 POINTS = 4096
@@ -105,7 +107,7 @@ class ViewJudge:
         groups = view_groups(batch["pose"], self._config.evaluate.angle_bins, self._config.evaluate.distance_bins)
         pose = relative(batch["pose"][:, 0].double(), batch["pose"][:, 1].double()).float()
         views = {name: self._imagine(pipeline, batch, pose) for name, pipeline in self._pipelines.items()}
-        views[OWN] = self._own(batch, pose)
+        views[OWN], views[STILL] = self._own(batch, pose), self._still(batch)
         drawn = {name: self._project(view, images[:, 0]) for name, view in views.items()}
         pictures = {
             name: {RGB: view.target_colours.movedim(-1, 1).clamp(0, 1), PROJECTED: drawn[name][0]}
@@ -149,6 +151,12 @@ class ViewJudge:
         if pipeline.vae is not None:
             target = pipeline.vae.decode(batch["mean"].float())
         return pipeline.decode(batch["tokens"][:, 0].float(), target, batch["K"][:, 1], pose)
+
+    def _still(self, batch: Mapping[str, Any]) -> Imagined:
+        """The view decoded as if the camera had not moved."""
+        seen = batch["tokens"][:, 0].float()
+        here = torch.eye(4, device=seen.device).expand(len(seen), 4, 4)
+        return self._pipelines[TRAINED].decode(seen, seen, batch["K"][:, 0], here)
 
     def _project(self, view: Imagined, reference: Tensor) -> tuple[Tensor, Tensor]:
         """The point cloud of each pair as the target camera sees it: pictures (B, 3, H, W), and coverage (B,)."""
@@ -233,7 +241,7 @@ class ViewJudge:
     @property
     def _names(self) -> tuple[str, ...]:
         """What stands beside the judged pipeline."""
-        return (*(name for name in self._pipelines if name != TRAINED), OWN)
+        return (*(name for name in self._pipelines if name != TRAINED), OWN, STILL)
 
     def _tables(self, album: Album, pictures: Mapping[str, float], means: Mapping[str, float]) -> None:
         """One table of the main scores, a row for each bin of angle and of distance that has pairs."""

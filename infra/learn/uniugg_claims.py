@@ -5,7 +5,8 @@ from __future__ import annotations
 from infra.learn.claims import Claim, Results, apart, differences, make_claim, metric, of_part, ratio, ratios, values
 
 UNTRAINED, ORIGINALS, MEAN_PICTURE = "untrained network", "originals, first decoder", "mean training picture"
-COPY, PLANE, POSED_PLANE = "copying the reference", "mean-depth plane", "mean-depth plane, true pose given"
+COPY, STILL = "copying the reference", "the reference's own features"
+PLANE, POSED_PLANE = "mean-depth plane", "mean-depth plane, true pose given"
 BLIND = "best image-blind baseline"
 BINS = "Imagined views by how far the camera moved"
 TYPES, SCORES = "Answers about", ("score", "guessing")
@@ -87,7 +88,7 @@ def _views(results: Results) -> list[Claim]:
     made = [
         make_claim("P3", f"imagined views, {name} − {other}", _better(runs, name), 0.0, differences(runs, name, other))
         for name, last in ((score, MEAN_PICTURE), ("depth/abs_rel", PLANE), ("points/chamfer", PLANE))
-        for other in (COPY, last)
+        for other in (COPY, STILL, last)
     ]
     return [*made, *_by_bins(runs, "depth AbsRel", f"AbsRel, {COPY}"), *_picture_bins(runs)]
 

@@ -28,7 +28,7 @@ from actors.recipes.uniugg_answers import (
     questions_of,
 )
 from actors.recipes.uniugg_judge import BEFORE, Losses, evaluate
-from actors.recipes.uniugg_views import COPY, OWN, PLANE, TRAINED, TrainingViews, ViewJudge, thinned
+from actors.recipes.uniugg_views import COPY, OWN, PLANE, STILL, TRAINED, TrainingViews, ViewJudge, thinned
 from actors.trainers.feed import Feed
 from configs import RunConfig
 from models.geometry.projection import transform, unproject
@@ -171,17 +171,20 @@ class Seer(Pipeline):
     def decode(self, reference: torch.Tensor, target: torch.Tensor, K: torch.Tensor, pose: torch.Tensor) -> Imagined:
         depth, cameras, colours = self.truth["depth"], self.truth["K"], self.truth["image"].float() / 255
         sure = torch.ones_like(depth[:, 0]) * 9
+        shown, stretch = (0, 1.0) if torch.equal(target, reference) else (1, self.stretch)
+        if shown == 0:
+            assert torch.equal(pose, torch.eye(4).expand(len(pose), 4, 4)), "the camera that does not move"
         return Imagined(
             tokens=target,
             K=K,
             pose=pose,
             reference_points=unproject(depth[:, 0], cameras[:, 0]),
-            target_points=transform(self.stretch * unproject(depth[:, 1], cameras[:, 1]), pose),
+            target_points=transform(stretch * unproject(depth[:, shown], cameras[:, shown]), pose),
             reference_confidence=sure,
             target_confidence=sure,
             reference_colours=colours[:, 0],
-            target_colours=(colours[:, 1] + 0.01).clamp(0, 1),
-            depth=self.stretch * depth[:, 1],
+            target_colours=(colours[:, shown] + 0.01).clamp(0, 1),
+            depth=stretch * depth[:, shown],
         )
 
 
@@ -207,6 +210,9 @@ def test_whoever_sees_the_truth_has_the_best_scores(feed: Feed, tmp_path: Path):
     depth = batch["depth"]
     known = (depth > 0).all(1)
     copied = [float(((a[0] - a[1]).abs() / a[1])[k].mean()) for a, k in zip(depth, known, strict=True)]
+    assert metrics["depth/abs_rel"]["also"][STILL] == pytest.approx(np.mean(copied), rel=1e-3), "what copying gives"
+    assert metrics["tokens/cosine"]["also"][STILL] == pytest.approx(metrics["tokens/cosine"]["baseline"])
+    assert metrics["rgb/psnr"]["also"][STILL] == pytest.approx(metrics["rgb/psnr"]["baseline"], abs=0.5)
     plane = [float(((survey.depth - t).abs() / t)[t > 0].mean()) for t in depth[:, 1]]
     assert metrics["depth/abs_rel"]["baseline"] == pytest.approx(np.mean(copied), rel=1e-4)
     assert metrics["depth/abs_rel"]["also"][PLANE] == pytest.approx(np.mean(plane), rel=1e-4)
