@@ -129,22 +129,24 @@ def test_order_and_roles_are_in_the_key_of_a_set(config, manifest) -> None:
 
 def test_of_mixed_aspect_ratios_vggt_sees_the_central_part_of_its_own(config, tmp_path) -> None:
     """One size a run, 28x42 here: other shapes are cut around their middle; none is stretched or refused."""
-    pixels = np.random.default_rng(5).integers(0, 256, (3, 60, 60, 3), np.uint8)
-    shapes = {"square": pixels[0], "wide": pixels[1][:28], "fitting": pixels[2][:40]}
-    cut = {"square": pixels[0][10:50], "wide": pixels[1][:28, 9:51], "fitting": pixels[2][:40]}
-    sets = {}
-    for name, pictures in (("as they are", shapes), ("cut", cut)):
-        folder = tmp_path / name
-        folder.mkdir()
-        for place, picture in pictures.items():
-            Image.fromarray(picture).save(folder / f"{place}.png")
-        views = tuple(View(image=ImageRef(path=str(folder / f"{place}.png"))) for place in pictures)
-        mixed = Manifest([Scene(id="room0", views=views)])
-        (request,) = feature_requests(sample(0, 1, 2), mixed, "views", config)
-        (sets[name],) = Encoder("views", config).encode([request])
-    assert sets["as they are"]["tokens"].data.shape[:4] == (3, 1, 2, 3)
-    for name, tensor in sets["cut"].items():
-        assert np.array_equal(sets["as they are"][name].data, tensor.data)
+    draw = np.random.default_rng(5)
+    tall, wide = (draw.integers(0, 256, (*size, 3), np.uint8) for size in ((90, 60), (28, 90)))
+    # Of the tall one rows 25 to 65 are seen, of the wide one columns 24 to 66, and a little of what the filter touches.
+    beside = [tall.copy(), wide.copy()]
+    beside[0][:15], beside[0][75:], beside[1][:, :18], beside[1][:, 72:] = 0, 255, 255, 0
+    within = [tall.copy(), wide.copy()]
+    within[0][40:50] = 0
+    found = []
+    for place, pictures in enumerate(([tall, wide], beside, within)):
+        for name, picture in zip("ab", pictures, strict=True):
+            Image.fromarray(picture).save(tmp_path / f"{place}{name}.png")
+        views = tuple(View(image=ImageRef(path=str(tmp_path / f"{place}{name}.png"))) for name in "ab")
+        (request,) = feature_requests(sample(0, 1), Manifest([Scene(id="room0", views=views)]), "views", config)
+        found += Encoder("views", config).encode([request])
+    whole, same, other = found
+    assert whole["tokens"].data.shape[:4] == (2, 1, 2, 3)
+    assert all(np.array_equal(same[name].data, tensor.data) for name, tensor in whole.items())
+    assert not np.array_equal(other["tokens"].data, whole["tokens"].data)
 
 
 def test_sets_share_what_is_made_of_single_pictures(config, manifest, counting) -> None:
