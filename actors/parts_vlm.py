@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actors.parts import part_folder
 from actors.recipes.spa3_vlm import ADAPTER, GEOMETRY, LLM
+from actors.recipes.spa3_vlm_base import BASE
 from configs import ConfigError, RunConfig
 from models.encoders.uniugg import READS
 from models.errors import WeightsError
@@ -47,7 +48,7 @@ def open_vlm(
     pipeline = Spa3VlmPipeline(load_pretrained(place))
     _check_adapter(config, pipeline, place)
     if ADAPTER in places:
-        _put_adapter(config, pipeline, places[ADAPTER])
+        _put_adapter(config, pipeline, places[ADAPTER], place)
     else:
         _check_reads(config, place)
     _check_tokenizer(config, pipeline, place)
@@ -65,17 +66,24 @@ def _check_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path) ->
         )
 
 
-def _put_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path) -> None:
+def _put_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path, llm: Path) -> None:
+    """The adapter of folder ``place`` in the place of the one that the part ``llm`` holds."""
     adapter = pipeline.llm.adapter
     if adapter is None:
         raise ConfigError(
             f"--part {ADAPTER}: the model has none (recipe.spa3_vlm.geometry={config.recipe.spa3_vlm.geometry})"
         )
-    settings = describe_pretrained(place)["settings"]
+    described, behind = describe_pretrained(place), describe_pretrained(llm).get(BASE) or {}
+    settings, base = described["settings"], described.get(BASE) or {}
     own = {"width": pipeline.llm.width, "latent_channels": pipeline.llm.latent_channels}
     other = {key: settings.get(key) for key in own if settings.get(key) != own[key]}
     if other:
         raise WeightsError(f"{place} is an adapter for another base: it has {other}, the run's model has {own}")
+    if base and behind and base["sha256"] != behind["sha256"]:
+        raise WeightsError(
+            f"{place} is an adapter for another base: it was trained behind {base['from']} (sha256 "
+            f"{base['sha256'][:16]}...), {llm} began with {behind['from']} (sha256 {behind['sha256'][:16]}...)"
+        )
     _check_reads(config, place)
     load_part(adapter, place)
 

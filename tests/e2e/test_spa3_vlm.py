@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,15 +57,29 @@ def test_the_chain_ends_in_answers_beside_their_baselines(root: Path) -> None:
     assert bool(llm.adapter.mlp.fc2.weight.any()), "what starts at zero was trained"  # type: ignore[union-attr]
 
 
-def test_a_warmed_run_computes_no_feature(root: Path, tmp_path: Path) -> None:
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    questions = ("--question", "How many chairs are there?", "--question", "What is left of the bed?")
+    assert main(["ask", *arguments, "--image", "rooms/room0_0000", *questions, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert len(found["answers"]) == 2
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_warmed_run_computes_no_feature(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warmed = (*COMMON, *VLM, f"storage.root={root}", f"cache.root={tmp_path}", "name=warmed")
     assert main(["features", "warm", *warmed]) == 0
     folder = driver.train(configs.load(warmed)).folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["hit_rate"] for row in rows if "hit_rate" in row] == [1.0] * 3
+    found = asked(capsys, "--run", str(folder))
+    assert found["features"] == {"cached": 6 + 1, "computed": 0}, "each picture's tokens, and the latents of all"
 
 
-def test_low_rank_updates_keep_the_adapter_whole(root: Path) -> None:
+def test_low_rank_updates_keep_the_adapter_whole(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     low = ("name=low", "peft=lora", "peft.rank=2", "recipe.spa3_vlm.questions_per_sample=1")
     folder = driver.train(configs.load([*COMMON, *VLM, *low, f"storage.root={root}"])).folder
     assert (folder / "weights" / "llm-adapter" / "adapter_model.safetensors").is_file()
@@ -73,3 +88,10 @@ def test_low_rank_updates_keep_the_adapter_whole(root: Path) -> None:
     assert not any("lora" in name for name in merged)
     assert all(torch.equal(value, merged[f"adapter.{name}"]) for name, value in alone.items())
     assert bool(alone["mlp.fc2.weight"].any())
+    # What it leaves is exported, proven, and answers as the run does.
+    assert main(["export", "--run", str(folder), "--out", str(tmp_path / "out"), "--merge"]) == 0
+    proof = json.loads((tmp_path / "out" / "export.json").read_text())["proofs"]["language"]
+    assert proof["merged_from_adapted"] < 1e-4
+    assert proof["merged_from_base"] > 100 * proof["merged_from_adapted"]
+    run = ("--run", str(folder))
+    assert asked(capsys, *run)["answers"] == asked(capsys, *run, "--part", f"llm={tmp_path}/out/llm")["answers"]

@@ -259,6 +259,11 @@ def test_parts_that_do_not_belong_together_are_refused(
     said = refused(folder, "--part", "adapter=run:narrow/adapter")
     assert "is an adapter for another base" in said
     assert "latent_channels" in said
+    make_vlm_run(tmp_path, "name=other", seed=1)
+    said = refused(folder, "--part", "adapter=run:other/adapter")
+    assert "is an adapter for another base: it was trained behind random (seed 1)" in said
+    again = asked(folder, *shown, "--part", "adapter=run:spa3_vlm-tiny/adapter", capsys=capsys)
+    assert again["answers"] == asked(folder, *shown, capsys=capsys)["answers"]
     make_spa3r_run(tmp_path, seed=5)  # trained again since
     said = refused(folder)
     assert "encoders.spa3r" in said
