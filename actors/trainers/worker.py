@@ -220,6 +220,7 @@ def _run_role(
         torch.set_num_threads(share_of_cores(*_neighbours(link, train.get_context())))
         stream = functools.partial(_stream, config, backend, role)
         result = train_role(config, folder, feed, backend, role=role, stream=stream, link=link)
+    backend.close()  # not after an error: what a lost peer did not answer would be waited for
     return dataclasses.asdict(result)
 
 

@@ -96,5 +96,10 @@ def _serve(
         try:
             method, args = end.recv()
         except EOFError:
+            getattr(made, "close", _nothing)()
             return
         end.send(getattr(made, method)(*args))
+
+
+def _nothing() -> None:
+    """Of an object that has nothing to end."""

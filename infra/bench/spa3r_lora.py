@@ -129,6 +129,11 @@ class Rank:
         self._stepping = max(self._stepping, held - self._base + peak.bytes)
         return seconds
 
+    def close(self) -> None:
+        """End the process group, before the process ends."""
+        del self._module
+        self._backend.close()
+
     def facts(self) -> dict[str, float]:
         """Bytes while loading, bytes at the peak of the steps, and the last loss."""
         return {"loading": self._loading, "stepping": self._stepping, "loss": self.loss}

@@ -72,6 +72,12 @@ class Backend(Protocol):
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`optimizer_state` gave."""
 
+    def close(self) -> None:
+        """Let go of the module and of the default process group, once all ranks are done; the backend is over then.
+
+        A process that ends by itself must have called it: see :mod:`actors.trainers.backends.groups`.
+        """
+
 
 def combine(loss: Tensor | None, edges: Sequence[Edge] = ()) -> Tensor | None:
     """``loss + sum((h * grad).sum())``, one scalar; None where there is nothing to differentiate.

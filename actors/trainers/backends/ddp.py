@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.trainers.backends.base import flatten_gradients, scatter_gradients
+from actors.trainers.backends.groups import close_groups
 from actors.trainers.backends.single import SingleBackend
 from actors.trainers.optim import gradient_norm
 from models.spec import RoleSpec
@@ -55,6 +56,12 @@ class DdpBackend(SingleBackend):
         dist.all_reduce(message, group=self.group)
         scatter_gradients(message, parameters)
         return message[len(message) - len(extra) :].double().cpu(), gradient_norm(self._clipped, self._unclipped)
+
+    def close(self) -> None:
+        """Let go of the module, and end the default group, whoever made it; a group of one's own stays."""
+        super().close()
+        if self.group is None:
+            close_groups()
 
     def exchange(self, message: Any) -> list[Any]:
         """Every rank's message, in rank order."""

@@ -55,8 +55,17 @@ class Fsdp2Backend(DdpBackend):
 
     def _mesh(self) -> DeviceMesh:
         if self.group is None:
-            return init_device_mesh(self.device.type, (self.world_size,))
-        return DeviceMesh.from_group(self.group, self.device.type)
+            self._over = init_device_mesh(self.device.type, (self.world_size,))
+        else:
+            self._over = DeviceMesh.from_group(self.group, self.device.type)
+        return self._over
+
+    def close(self) -> None:
+        """As others do; the mesh forgets the groups too, for torch keeps meshes in its caches."""
+        if "_over" in self.__dict__:
+            getattr(self._over, "_pg_registry", {}).clear()
+            del self._over
+        super().close()
 
     def reduce(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Sum ``extra``; the gradients were summed by every backward. Returns that sum, and the norm."""

@@ -86,6 +86,12 @@ class SingleBackend:
         }
         return whole(named, keep=self.rank == 0)
 
+    def close(self) -> None:
+        """Let go of the module and its optimiser."""
+        self._parameters, self._clipped, self._unclipped = {}, [], []
+        self.__dict__.pop("_module", None)
+        self.__dict__.pop("_optimizer", None)
+
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`weights` gave."""
         for name, target in saved_tensors(self._module).items():

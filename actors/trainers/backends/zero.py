@@ -182,6 +182,16 @@ class ZeroBackend(DdpBackend):
         self._zero.clip_grad = 0.0
         self._zero.step()
 
+    def close(self) -> None:
+        """As others do; DeepSpeed's engine, and its own view of the group, end too."""
+        if "_engine" in self.__dict__:
+            from deepspeed.comm import comm
+
+            self._engine.destroy()
+            del self._engine, self._zero
+            comm.cdb = None
+        super().close()
+
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parts of the gradients on this rank: of those that are clipped, and of the others."""
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
