@@ -20,7 +20,7 @@ from configs import RunConfig
 from models.pretrained import empty_weights
 from models.spa3r.vlm.qwen import build_qwen, qwen_config, qwen_settings
 from models.spa3r.vlm.spec import step
-from tests.support.sharded_load import Peak
+from tests.support.sharded_load import Peak, anonymous_bytes
 
 WIDTH, LATENT, PAD, VOCABULARY = 512, 24, 266, 4096
 #: About 90 MB in float32, no tensor of it over 9 MB.
@@ -61,11 +61,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return {**models.spec("spa3-vlm-tiny").defaults, **own, "language": qwen_settings(str(folder))}
 
 
-def loop_of(config: RunConfig, folder: Path) -> TrainLoop:
+def loop_of(config: RunConfig, folder: Path, backend: Any = None) -> TrainLoop:
     """The loop at step 0 as a worker makes it: rebuilt by the recipe, adapted, and placed by its backend."""
     recipe = open_recipe(config)
     built = recipe.rebuild("vlm", settings_of(folder))
-    return _make_loop(config, recipe, built, make_backend(config.backend, "cpu"), None)
+    return _make_loop(config, recipe, built, backend or make_backend(config.backend, "cpu"), None)
 
 
 def a_batch(seed: int = 0) -> dict[str, Any]:
@@ -104,18 +104,36 @@ def a_step(loop: TrainLoop) -> dict[str, Any]:
 
 
 def load_each(runs: Sequence[RunConfig], folders: Sequence[str]) -> dict[str, Any]:
-    """The peak of RssAnon while each run's loop is made, above that before, and its first step."""
+    """The peak of RssAnon from before each run's model is built until its weights lie where they are trained (not yet
+    gradients and moments, which are cut too), above that before; and the first step.
+    """
     with empty_weights():  # imports, and what they hold, are not the model's
         build_qwen(qwen_config(LANGUAGE, vocab_size=VOCABULARY, image_token_id=PAD), vision=False, attention="sdpa")
     small = nn.Linear(8, 8)
     found: dict[str, Any] = {}
     for run, folder in zip(runs, folders, strict=True):
-        spec = open_recipe(run).rebuild  # the recipe's modules are imported
-        assert callable(spec)
+        open_recipe(run)  # imports it
         make_backend(run.backend, "cpu").prepare(small, models.spec("spa3-vlm-tiny").roles[0], run.trainer)
         small = nn.Linear(8, 8)
-        with Peak() as peak:
-            loop = loop_of(run, Path(folder))
+        backend = make_backend(run.backend, "cpu")
+        peak = PlacedPeak(backend)
+        loop = loop_of(run, Path(folder), backend)
         found[run.name] = {"peak": peak.bytes, **a_step(loop)}
-        del loop
+        del loop, backend, peak
     return found
+
+
+class PlacedPeak:
+    """The largest RssAnon until a backend has placed a module, above that now."""
+
+    def __init__(self, backend: Any) -> None:
+        self._place, self._before, self.bytes = backend._place, anonymous_bytes(), 0
+        backend._place = self._watched
+        self._peak = Peak()
+        self._peak.__enter__()
+
+    def _watched(self, *arguments: Any) -> Any:
+        module = self._place(*arguments)
+        self._peak.__exit__()
+        self.bytes = max(self._peak.bytes, anonymous_bytes() - self._before)
+        return module

@@ -37,8 +37,8 @@ def test_no_rank_of_the_recipe_holds_the_whole_model(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     folders = {dtype: publish(tmp_path / dtype, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     sizes = {dtype: sum(f.stat().st_size for f in place.glob("*.safetensors")) for dtype, place in folders.items()}
-    cases = [("fsdp2", "full", "float32"), ("fsdp2", "lora", "float32"), ("zero3", "full", "float32"),
-             ("zero3", "lora", "float32"), ("fsdp2", "lora", "bfloat16"), ("zero3", "lora", "bfloat16")]  # fmt: skip
+    tuned = (("full", "float32"), ("lora", "bfloat16"))
+    cases = [(backend, *rest) for backend in ("fsdp2", "zero3") for rest in tuned]
     names = {case: "-".join(case) for case in cases}
     runs = [
         run_from(folders[case[2]], f"backend={case[0]}", f"name={names[case]}", *(LORA if case[1] == "lora" else ()))
@@ -47,15 +47,12 @@ def test_no_rank_of_the_recipe_holds_the_whole_model(tmp_path: Path, monkeypatch
     ranks = in_ranks(load_each, tmp_path / "ranks", 2, runs, [str(folders[case[2]]) for case in cases], timeout=800)
     whole = load_alone(folders)
     for case, name in names.items():
-        backend, tuning, dtype = case
+        _, tuning, dtype = case
         for rank in ranks:
             found, limit = rank[name], 0.6 * sizes[dtype] + CONSTANT
             said = f"{name}: {found['peak'] / 2**20:.0f} MiB of a model of {sizes[dtype] / 2**20:.0f} MiB"
-            if tuning == "lora":
-                assert found["peak"] < limit, said
-                assert found["bases"] == [f"torch.{dtype}"]
-            else:  # stage 3 keeps a copy of its part for the optimiser
-                assert found["peak"] < limit + (0.5 * sizes[dtype] if backend == "zero3" else 0), said
+            assert 0.3 * sizes[dtype] < found["peak"] < limit, said
+            assert found["bases"] == ([f"torch.{dtype}"] if tuning == "lora" else [])
             assert found["trained"] == ["torch.float32"]
             expected = whole[tuning, dtype]
             assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5 if dtype == "float32" else 1e-2)
@@ -68,7 +65,7 @@ def load_alone(folders: dict[str, Path]) -> dict[tuple[str, str], dict[str, Any]
         (tuning, dtype): a_step(
             loop_of(run_from(folders[dtype], "backend=single", *(LORA if tuning == "lora" else ())), folders[dtype])
         )
-        for tuning, dtype in (("full", "float32"), ("lora", "float32"), ("lora", "bfloat16"))
+        for tuning, dtype in (("full", "float32"), ("lora", "bfloat16"))
     }
 
 
