@@ -83,7 +83,7 @@ def draw(config: RunConfig, folder: Path, out: Path, *, split: Split, scene: str
             if not any(_is_of(sample.source, sample.item, scene) for sample in own):
                 continue
             seen = look(module, kept, config.recipe.spa3r.predict)
-            scores.update(seen, None)
+            scores.update(seen)
             shown += [found for found in Shown.of(kept, seen, own) if not scene or _is_of(*_parts(found.name), scene)]
             if len(shown) >= sets:
                 break

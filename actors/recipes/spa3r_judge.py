@@ -5,7 +5,7 @@ context. *Copying* takes the same patch of the nearest context view, by VGGT's o
 context's mean feature. Two more say what can be known without the scene: the *mean of training views* is that of each
 patch, and *another scene's context* is the model itself, asked for the same cameras with latents that know nothing of
 them (VGGT's cameras tell something of the pictures that they are of, at random weights most). Depth is in VGGT's unit,
-read by the probe, beside the mean depth of the training split and of the context.
+read by the probe, beside the mean depth of the training split, of each patch in it, and of the context.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ EXAMPLES = 4
 MODEL, COPY, SCENE = "model", "nearest context view", "scene mean"
 TYPICAL, STRANGER = "mean of training views", "another scene's context"
 MEAN_DEPTH, CONTEXT_DEPTH = "mean depth", "mean depth of the context"
+PATCH_DEPTH = "mean depth map"
 SURVEYED = 512
 """Training view sets that means are taken of."""
 CURVE = "By the number of context views"
@@ -54,8 +55,8 @@ class Typical:
 
     features: Mapping[str, Tensor]
     """Target -> (n, C), by patch."""
-    depth: float | None
-    """Of all patches; None without a probe."""
+    depth: Tensor | None
+    """(n,), by patch; None without a probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,9 @@ def look(
         depth = pick(batch["depth"], targets).flatten(2).float()
         context_depth = pick(batch["depth"], context).float()
         depths = {MODEL: field_.depth.float(), CONTEXT_DEPTH: context_depth.mean((1, 2, 3))[:, None, None]}
+        if typical is not None and typical.depth is not None:
+            by_patch = typical.depth.to(depth)
+            depths |= {MEAN_DEPTH: by_patch.mean()[None, None, None], PATCH_DEPTH: by_patch[None, None]}
     return Seen(truth=truth, guesses=guesses, depth=depth, depths=depths, contexts=context.shape[1], targets=targets)
 
 
@@ -167,7 +171,7 @@ class FieldScores:
     means: Means = field(default_factory=Means)
     sets: int = 0
 
-    def update(self, seen: Seen, mean_depth: float | None) -> None:
+    def update(self, seen: Seen) -> None:
         """Add a batch."""
         found: dict[str, Tensor] = {}
         for name, true in seen.truth.items():
@@ -175,10 +179,7 @@ class FieldScores:
                 cosine = F.cosine_similarity(guess.expand_as(true), true, dim=-1)
                 found[f"{name}/{who}"] = cosine.flatten(1).mean(1)
         if seen.depth is not None:
-            depths = dict(seen.depths)
-            if mean_depth is not None:
-                depths[MEAN_DEPTH] = torch.full_like(seen.depth, mean_depth)
-            for who, guess in depths.items():
+            for who, guess in seen.depths.items():
                 error = (guess.expand_as(seen.depth) - seen.depth).abs() / seen.depth.clamp(min=1e-6)
                 found[f"depth/{who}"] = error.flatten(1).mean(1)
         self.means.update(found)
@@ -198,7 +199,8 @@ class FieldScores:
             also = {who: cosines[f"{name}/{who}"] for who in others if f"{name}/{who}" in cosines}
             metrics[f"{name}/cosine"] = row(mine, copied, COPY, "higher", **also)
         if f"depth/{MODEL}" in found:
-            also = {CONTEXT_DEPTH: found[f"depth/{CONTEXT_DEPTH}"]}
+            beside = [who for who in (PATCH_DEPTH, CONTEXT_DEPTH) if f"depth/{who}" in found]
+            also = {who: found[f"depth/{who}"] for who in beside}
             baseline = found.get(f"depth/{MEAN_DEPTH}")
             metrics["depth_probe/abs_rel"] = row(found[f"depth/{MODEL}"], baseline, MEAN_DEPTH, "lower", **also)
         return metrics
@@ -219,7 +221,7 @@ def judge(recipe: Recipe, built: Built, feed: Feed, folder: Path, *, split: Spli
                 if not own:
                     continue
                 seen = look(module, kept, names, typical=typical, strangers=strangers_of(own))
-                scores.update(seen, typical.depth)
+                scores.update(seen)
                 tally.update(module, built.spec, kept, {})
                 shown += Shown.of(kept, seen, own)[: EXAMPLES - len(shown)]
                 sets += own
@@ -283,7 +285,7 @@ def context_curve(
         for batch, samples in load_samples(judged, chosen, split=split, batch_size=judged.config.trainer.micro_batch):
             kept, own = counted(batch, samples, device)
             if own:
-                scores.update(look(module, kept, names), None)
+                scores.update(look(module, kept, names))
         if scores.sets:
             curve[sum(view.role != Role.TARGET for view in chosen[0].views)] = scores
     return curve
@@ -329,9 +331,9 @@ def counted(
 
 
 def survey(feed: Feed, names: Sequence[str], *, depth: bool) -> Typical:
-    """Means over the first training view sets: of each patch's features at all views, and of the depth."""
+    """Means over the first training view sets, by patch: of the features at all views, and of the depth."""
     sums: dict[str, Tensor] = {}
-    total, views, seen = 0.0, 0, 0
+    views, seen = 0, 0
     for batch, samples in every_batch(feed, Split.TRAIN, VIEW_SET):
         kept, _ = counted(batch, samples, "cpu")
         grid = (kept["tokens"].shape[3], kept["tokens"].shape[4])
@@ -340,10 +342,10 @@ def survey(feed: Feed, names: Sequence[str], *, depth: bool) -> Typical:
             features = resize_features(column[:, :, -1], grid).double()
             sums[name] = sums.get(name, 0.0) + features.sum((0, 1))
         if depth:
-            total += float(kept["depth"].double().mean((2, 3)).sum())
+            sums["depth"] = sums.get("depth", 0.0) + kept["depth"].double().flatten(2).sum((0, 1))
         views += kept["tokens"].shape[0] * kept["tokens"].shape[1]
         seen += len(kept["tokens"])
         if seen >= SURVEYED:
             break
     means = {name: (summed / max(1, views)).float() for name, summed in sums.items()}
-    return Typical(features=means, depth=total / max(1, views) if depth else None)
+    return Typical(depth=means.pop("depth", None), features=means)

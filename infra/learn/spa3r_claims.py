@@ -14,7 +14,7 @@ FIELDS = {"field": "tiny", "field-dinov2": "DINOv2-S"}
 HEADS = ("geo", "sem")
 COPY, SCENE = "nearest context view", "scene mean"
 TYPICAL, STRANGER = "mean of training views", "another scene's context"
-DEPTHS = ("mean depth", "mean depth of the context")
+DEPTHS = ("mean depth", "mean depth of the context", "mean depth map")
 CURVE, VIEWS = "By the number of context views", "context views"
 
 ANSWERED = "Answers about"

@@ -11,8 +11,10 @@ import torch
 
 from actors.recipes.pictures import Album
 from actors.recipes.spa3r_judge import (
+    CONTEXT_DEPTH,
     COPY,
     MODEL,
+    PATCH_DEPTH,
     SCENE,
     STRANGER,
     TYPICAL,
@@ -89,7 +91,7 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def test_latents_of_another_scene_and_training_means_stand_beside_the_model(module: Spa3R) -> None:
     given = batch()
-    typical = Typical(features={GEO: torch.ones(6, CHANNELS)}, depth=1.5)
+    typical = Typical(features={GEO: torch.ones(6, CHANNELS)}, depth=torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0]))
     seen = look(module, given, [GEO], typical=typical, strangers=[1, None])
     plain = look(module, given, [GEO])
     assert set(plain.guesses[GEO]) == {MODEL, COPY, SCENE}
@@ -102,11 +104,16 @@ def test_latents_of_another_scene_and_training_means_stand_beside_the_model(modu
     torch.testing.assert_close(stranger[0], expected[0])
     assert not torch.allclose(stranger[0], seen.guesses[GEO][MODEL][0])
     scores = FieldScores()
-    scores.update(seen, typical.depth)
+    scores.update(seen)
     row = scores.rows()["geo/cosine"]
     assert list(row["also"]) == [SCENE, TYPICAL, STRANGER]
     assert scores.means.count(f"geo/{STRANGER}") == 1
-    assert scores.rows()["depth_probe/abs_rel"]["baseline_name"] == "mean depth"
+    depth = scores.rows()["depth_probe/abs_rel"]
+    assert (depth["baseline_name"], list(depth["also"])) == ("mean depth", [PATCH_DEPTH, CONTEXT_DEPTH])
+    true = torch.stack([given["depth"][0, 1], given["depth"][1, 2]]).flatten(1)
+    assert depth["baseline"] == pytest.approx(float(((true - 1.5).abs() / true).mean()))
+    assert typical.depth is not None
+    assert depth["also"][PATCH_DEPTH] == pytest.approx(float(((true - typical.depth).abs() / true).mean()))
 
 
 def scored(*values: float) -> FieldScores:
@@ -116,7 +123,7 @@ def scored(*values: float) -> FieldScores:
         guess = torch.tensor([cosine, (1 - cosine**2) ** 0.5]).expand(1, 1, 1, 2)
         guesses = {GEO: {MODEL: guess, COPY: true, SCENE: true}}
         at = torch.zeros(1, 1, dtype=torch.long)
-        scores.update(Seen(truth={GEO: true}, guesses=guesses, depth=None, depths={}, contexts=1, targets=at), None)
+        scores.update(Seen(truth={GEO: true}, guesses=guesses, depth=None, depths={}, contexts=1, targets=at))
     return scores
 
 
