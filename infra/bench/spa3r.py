@@ -8,7 +8,7 @@ from importlib import import_module
 from infra.bench.harness import Bench, main
 
 #: Each has a ``TABLE`` of benchmarks.
-GROUPS = ("spa3r_vggt", "spa3r_vlm", "spa3r_lora")
+GROUPS = ("spa3r_vggt", "spa3r_cached", "spa3r_vlm", "spa3r_lora")
 
 _DENSE = "the same with the dense boolean mask, made once"
 _EXPLICIT = "attention written out, all 24 outputs kept, RoPE tables in every call"
@@ -23,6 +23,10 @@ ROWS = {
     "one_pass": ("one joint pass of the aggregator, same size", "two passes: the context alone, then all views"),
     "vggt_memory": ("peak of VGGT of width 384, 24 layers, 8 views of 224 px", _EXPLICIT),
     "vggt_time": ("time of the same", _EXPLICIT),
+    "pretrain_cached": (
+        "a step of pre-training with VGGT and the semantic encoder online / from the cache",
+        "the ideal: (encoding + training) / training, each measured alone",
+    ),
     "vlm_packed": (
         "tokens that the language model reads for 8 questions about 8 frames of 252 tokens, in one sample",
         "8 samples, each with all frames",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.bench import joint, joint_bridge, joint_cached, joint_step
+from infra.bench import joint, joint_bridge, joint_cached, joint_step, spa3r_cached
 from infra.bench.harness import measure
 from infra.bench.table import main, table
 
@@ -39,6 +39,14 @@ def test_the_joint_stage_runs_online_and_from_the_cache(tmp_path: Path) -> None:
     line = measure(joint_cached.TABLE[0], tmp_path, quick=True, rounds=1)
     assert line["baseline"] > 1, "encoding takes time"
     assert all(line["extra"][name] > 0 for name in ("online_s", "cached_s", "train_s", "encode_s"))
+    assert 0 < line["extra"]["frozen_share"] < 1
+
+
+@pytest.mark.slow
+def test_pre_training_runs_online_and_from_the_cache(tmp_path: Path) -> None:
+    line = measure(spa3r_cached.TABLE[0], tmp_path, quick=True, rounds=1)
+    assert line["baseline"] > 1, "encoding takes time"
+    assert line["extra"]["frozen_share"] == pytest.approx(1 - 1 / line["baseline"], abs=1e-3)
 
 
 def line_of(name: str, *, met: bool = True, quick: bool = False, unit: str = "ms") -> dict[str, object]:
