@@ -4,8 +4,9 @@
 #   sbatch --nodes=3 --gpus-per-node=8 infra/slurm/submit.sh recipe=probe size=paper storage.root=/shared/loom3d \
 #       cache.root=/local/loom3d cache=shared cache.remote=/shared/loom3d/features
 #
-# TRAIN_NODES (default: all but one) nodes hold trainers, the others encoders. The arguments are overrides of the
-# configuration; storage.root must be on a file system that all nodes share, cache.root on each node's own disk.
+# TRAIN_NODES (default: all but one) nodes hold the workers of whatever role the recipe trains, the others encoders.
+# The arguments are overrides of the configuration; storage.root must be on a file system that all nodes share,
+# cache.root on each node's own disk.
 #SBATCH --job-name=loom3d
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -31,19 +32,20 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$secrets/token" RAY_USAGE_STATS_
 
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 
-start_node() {  # node, role, further arguments of `ray start`
-  local units=$(( gpus > 0 ? gpus : 1 ))
+start_node() {  # node, its roles, further arguments of `ray start`
+  local units=$(( gpus > 0 ? gpus : 1 )) offers="" role
+  for role in $2; do offers+="${offers:+, }\"role_$role\": $units"; done
   srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" \
-    ray start --block --disable-usage-stats --resources="{\"role_$2\": $units}" "${@:3}" &
+    ray start --block --disable-usage-stats --resources="{$offers}" "${@:3}" &
 }
 
 for i in "${!nodes[@]}"; do
-  role=$([[ $i -lt $train_nodes ]] && echo trainer || echo feature)
+  roles=$([[ $i -lt $train_nodes ]] && echo "trainer llm diffusion vlm" || echo feature)
   if [[ $i -eq 0 ]]; then
-    start_node "$head" "$role" --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1
+    start_node "$head" "$roles" --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1
     sleep 20  # the head listens before the others ask for it
   else
-    start_node "${nodes[$i]}" "$role" --address="$address:$port"
+    start_node "${nodes[$i]}" "$roles" --address="$address:$port"
   fi
 done
 
