@@ -43,7 +43,12 @@ class Job:
     def command(self, root: Path, *settings: str) -> list[str]:
         """Overrides of ``loom3d train``, each key once: ``settings``, of which the last word on a key counts."""
         given = [f"recipe={self.recipe}", f"storage.root={root}", f"name={self.name}", f"seed={self.seed}", *settings]
-        return [f"{key}={value}" for key, value in dict(text.split("=", 1) for text in given).items()]
+        return merged(given)
+
+
+def merged(given: Sequence[str]) -> list[str]:
+    """Overrides, each key once: the last word on it counts."""
+    return [f"{key}={value}" for key, value in dict(text.split("=", 1) for text in given).items()]
 
 
 def job(phase: str, part: str, recipe: str, seed: int, *overrides: str) -> Job:

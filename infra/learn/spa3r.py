@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.learn.runs import Job, arguments, carry_out, check, chosen, conclude, job, read
+from infra.learn.runs import Job, arguments, carry_out, check, chosen, conclude, job, merged, read
 from infra.learn.spa3r_claims import claims, scores
 from infra.learn.spa3r_questions import ASKED, BLIND, write_questions
 
@@ -200,7 +200,7 @@ def prepare(root: Path, wanted: Sequence[Job], *, quick: bool) -> None:
         from services.data.sources import open_sources
 
         settings = ["recipe=spa3_vlm", "size=tiny", "data=rooms", f"storage.root={root}", *COMMON]
-        config = configs.load([*settings, *(QUICK if quick else ())])
+        config = configs.load(merged([*settings, *(QUICK if quick else ())]))
         rooms = open_sources(config)["rooms"]
         counts = write_questions(ensure_annotations(rooms, config.data.questions, config.storage), root / "questions")
         print(f"questions: {counts}", file=sys.stderr)
