@@ -1,5 +1,5 @@
-"""Which frames of a video are read, and at which size, as the published model was trained (supplement of
-arXiv 2602.21186, and its released code).
+"""The size at which frames of a video are read, as the published model was trained (supplement of arXiv 2602.21186,
+and its released code).
 
 A frame is made ``SIDE`` pixels wide and keeps its shape up to a multiple of the patch; of a portrait the middle is
 kept. The geometry encoder sees all of it, the vision tower its upper left part with both sides multiples of 28.
@@ -16,8 +16,6 @@ from PIL import Image
 from models.errors import InputError, ModelError
 
 SIDE, PATCH, MERGED = 518, 14, 28
-SECONDS_PER_FRAME, FEWEST, MOST = 2.0, 4, 8
-"""A frame each two seconds of a video, at least four and at most eight."""
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) as fractions of the picture."""
@@ -86,13 +84,3 @@ def cut_frame(image: np.ndarray, *, side: int = SIDE) -> tuple[np.ndarray, np.nd
     top = (tall - size.geometry[0]) // 2
     geometry = resized[top : top + size.geometry[0]]
     return geometry, geometry[: size.visual[0], : size.visual[1]]
-
-
-def frame_indices(count: int, seconds: float, *, fewest: int = FEWEST, most: int = MOST) -> list[int]:
-    """Indices of the frames that are read of a video of ``count`` frames that lasts ``seconds``: evenly spread from
-    the first to the last, each once. A folder of frames has one a second. ModelError for a video without a frame.
-    """
-    if count < 1 or not 1 <= fewest <= most:
-        raise ModelError(f"a video of {count} frames, {fewest} to {most} wanted: there must be one at least")
-    wanted = min(max(round(seconds / SECONDS_PER_FRAME), fewest), most)
-    return [int(index) for index in np.unique(np.linspace(0, count - 1, wanted).astype(int))]
