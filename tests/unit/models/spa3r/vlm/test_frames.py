@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.encoders.preprocess import Preprocessing
 from models.errors import ModelError
-from models.spa3r.vlm.frames import cut_frame, frame_indices, frame_size
+from models.spa3r.vlm.frames import cut_frame, frame_size
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
@@ -69,15 +69,6 @@ def test_pixels_are_those_of_resizing_then_cutting(picture: tuple[int, int]) -> 
     assert size.visual_transform() == {"box": list(size.visual_box), "size": list(size.visual)}
 
 
-def test_frames_of_a_video() -> None:
-    assert frame_indices(100, 12.0) == [0, 19, 39, 59, 79, 99]
-    assert frame_indices(100, 1.0) == [0, 33, 66, 99], "four at least"
-    assert len(frame_indices(1000, 600.0)) == 8, "eight at most"
-    assert frame_indices(3, 3.0) == [0, 1, 2], "each once"
-    assert frame_indices(1, 0.0) == [0]
-    assert len(frame_indices(400, 60.0, most=32)) == 30
-
-
 def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ModelError, match="a frame of 10x1000 pixels would be 0x518"):
         frame_size(10, 1000)
@@ -85,5 +76,3 @@ def test_what_cannot_be_cut_is_refused() -> None:
         frame_size(10, 10, side=500)
     with pytest.raises(ModelError, match=r"a frame is uint8 \(H, W, 3\), got float64"):
         cut_frame(np.zeros((4, 4, 3)))
-    with pytest.raises(ModelError, match="a video of 0 frames"):
-        frame_indices(0, 3.0)
