@@ -61,8 +61,9 @@ def digest(config: RunConfig, *sections: str) -> str:
 
 def _checked(tree: dict[str, object]) -> RunConfig:
     from configs import convert, paths
+    from configs.resolve import resolve
     from configs.validate import problems
 
-    config = paths.expand(convert.from_dict(tree))
+    config = resolve(paths.expand(convert.from_dict(tree)))
     convert.refuse(problems(config))
     return config

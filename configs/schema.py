@@ -168,7 +168,8 @@ class EncoderConfig:
     # sha256 that the weights must have ("" accepts any); a run pins it, so that weights which change while it runs are
     # refused in whatever process loads them.
     digest: str = ""
-    # Overrides of the architecture when weights=random (hidden_size, num_hidden_layers, ...).
+    # Overrides of the architecture when weights=random (hidden_size, num_hidden_layers, ...). With any weights of VGGT:
+    # depth_map (false leaves its depth head and output out) and qk_norm (that the weights must have).
     arch: dict[str, Any] = field(default_factory=dict)
     # Seed of random weights.
     seed: int = 0
@@ -389,7 +390,7 @@ class GenerateConfig:
     fill: int = 2
     # Which points are drawn into the target view: target | union (reference and target).
     points: str = "target"
-    # Longest answer, tokens.
+    # Longest answer, tokens, but for benchmarks that publish a limit of their own (options.max_new_tokens of a source).
     max_new_tokens: int = 64
     # Views imagined, and questions answered, at once.
     batch_size: int = 8

@@ -98,7 +98,7 @@ class Spa3rConfig:
     # over all views, one for all partitions; the context is encoded apart).
     targets: str = "joint"
     # Normalisation of queries and keys in VGGT's global blocks: auto (layernorm where the weights have its biases) |
-    # layernorm (VGGT) | rmsnorm (what the released weights were trained with).
+    # layernorm (VGGT) | rmsnorm (what the released weights were trained with). Becomes arch.qk_norm of every VGGT.
     qk_norm_global: str = "auto"
     # What is predicted: geo (VGGT's own features), sem (those of encoders.semantic: DINOv3), clip (those of
     # encoders.clip).

@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.convert import hints_of, nearest, section_problems
 from configs.paths import is_uri
+from configs.resolve import OPTIONS
 from configs.roles import SHARED_TRAINER, role_config
 from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig, TrainerConfig
 from configs.validate_recipes import RECIPE_ALLOWED, view_sets
@@ -376,7 +377,8 @@ def _encoders(config: RunConfig) -> Iterator[str]:
             yield f"{path}.window={encoder.window} is for {', '.join(_HUGGING_FACE)}; {encoder.family} has none"
         if not encoder.weights:
             yield f"{path}.weights is empty: give random, a folder, or a hub name such as facebook/dinov2-small"
-        if encoder.weights != "random" and encoder.arch and encoder.family not in RECORD_FAMILIES:
+        sizes = encoder.arch.keys() - OPTIONS.get(encoder.family, frozenset())
+        if encoder.weights != "random" and sizes and encoder.family not in RECORD_FAMILIES:
             yield (
                 f"{path}.arch={encoder.arch} contradicts {path}.weights={encoder.weights}: weights come with their "
                 "architecture; remove arch, or set weights=random"

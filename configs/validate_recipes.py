@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from configs.paths import RUN
+from configs.resolve import AUTO, OPTIONS, QK_NORM
 from configs.schema import RunConfig
 
 #: Values of single keys.
@@ -39,10 +40,19 @@ def view_sets(config: RunConfig) -> Iterator[str]:
             f"recipe.view_set.scheme={sets.scheme} has no plans_per_scene and no partitions; "
             "set recipe.view_set.scheme=walks"
         )
+    yield from _qk_norms(config)
     if config.recipe.name == "spa3r_pretrain":
         yield from _spa3r(config)
     if config.recipe.name == "spa3_vlm":
         yield from _spa3_vlm(config)
+
+
+def _qk_norms(config: RunConfig) -> Iterator[str]:
+    wanted = config.recipe.spa3r.qk_norm_global
+    for name, encoder in config.encoders.items():
+        own = encoder.arch.get(QK_NORM, wanted) if QK_NORM in OPTIONS.get(encoder.family, ()) else wanted
+        if wanted not in (AUTO, own):
+            yield (f"encoders.{name}.arch.{QK_NORM}={own} contradicts recipe.spa3r.qk_norm_global={wanted}; set one")
 
 
 def _spa3r(config: RunConfig) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.schema import EncoderConfig, RunConfig
 from configs.validate import ALLOWED, RECIPES
 from models.encoders.uniugg import PARTS, PartViT, TrainedPart
+from models.encoders.vggt.frozen import OPTIONS as VGGT_OPTIONS
 from models.encoders.weights import RANDOM, is_here
 from models.errors import ModelError
 from models.pretrained import CONFIG, WEIGHTS
@@ -31,9 +32,6 @@ SIZES: Mapping[str, Mapping[str, str]] = {
 
 #: Families whose weights are published; no run trains them.
 PUBLISHED_FAMILIES = ("mast3r", "vggt_patches", "vggt")
-
-_OPTIONS = frozenset({"depth"})
-"""Keys of ``arch`` that are no sizes, and hold with stored weights too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ def stand_in(settings: EncoderConfig, size: str) -> EncoderConfig:
     if settings.family not in PARTS or is_there(settings):
         return settings
     prefix = PARTS[settings.family][0]
-    options = {key: value for key, value in settings.arch.items() if key in _OPTIONS}
+    options = {key: value for key, value in settings.arch.items() if key in VGGT_OPTIONS}
     arch = {"model": prefix + SIZES[prefix][size], **options}
     return dataclasses.replace(settings, weights=RANDOM, arch=arch, digest="")
 

@@ -81,7 +81,7 @@ def _build(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncod
 def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncoder:
     if name in before:
         raise ConfigError(f"encoders read each other in a circle: {' -> '.join((*before, name))}")
-    settings = _with_norm(name, encoder_config(name, config), config)
+    settings = encoder_config(name, config)
     kind = input_kind(settings.family)
     if kind not in CHAINED:
         if settings.upstream:
@@ -119,24 +119,6 @@ def _make(name: str, config: RunConfig, before: tuple[str, ...]) -> FrozenEncode
         return _behind(upstream, settings, stored_codec(config))
     except TypeError as error:
         raise ConfigError(f"encoders.{name}.arch={settings.arch} does not fit {settings.family}: {error}") from error
-
-
-def _with_norm(name: str, settings: EncoderConfig, config: RunConfig) -> EncoderConfig:
-    """VGGT with the normalisation that ``recipe.spa3r.qk_norm_global`` asks for; stored weights have their own."""
-    wanted = config.recipe.spa3r.qk_norm_global
-    if settings.family not in ("vggt_patches", "vggt") or wanted == "auto":
-        return settings
-    if settings.weights == RANDOM:
-        return dataclasses.replace(settings, arch={"qk_norm": wanted, **settings.arch})
-    from models.encoders.vggt.frozen import VggtPart
-
-    found = VggtPart(settings.family, settings.weights, {}, settings.seed).settings["qk_norm"]
-    if found != wanted:
-        raise ConfigError(
-            f"recipe.spa3r.qk_norm_global={wanted}, but encoders.{name}.weights={settings.weights} has {found} in its "
-            "global blocks; set it to auto, or give the weights that it was meant for"
-        )
-    return settings
 
 
 def _own_vit(name: str, settings: EncoderConfig) -> FrozenEncoder:

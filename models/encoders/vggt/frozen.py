@@ -4,10 +4,11 @@
 ``vggt`` (ordered view sets with roles, behind ``vggt_patches``): ``tokens`` (V, 1, h, w, 2 C) of the last layer in the
     compute dtype, ``pose`` float32 (V, 9), the last pose encoding, and ``depth`` float32 (V, h, w), the depth head's
     map at the first pixel of every patch. Views whose role is target are hidden from the others; the poses come from
-    the camera head, which sees all views. ``arch={"depth": false}`` leaves the depth head and its output out.
+    the camera head, which sees all views. ``arch={"depth_map": false}`` leaves the depth head and its output out.
 
 Weights are random, a folder of :mod:`models.pretrained`, or one in the published layout: ``model.safetensors`` (or its
-shards), else ``model.pt``, read without unpickling. The norm of queries and keys follows the checkpoint.
+shards), else ``model.pt``, read without unpickling. The norm of queries and keys follows the checkpoint;
+``arch={"qk_norm": "rmsnorm"}`` refuses one that has another.
 """
 
 from __future__ import annotations
@@ -46,10 +47,28 @@ PUBLISHED = "vggt-1b"
 PICKLED = "model.pt"
 TARGET = "target"
 """Role of a view that the others must not see."""
+DEPTH_MAP, QK_NORM = "depth_map", "qk_norm"
+OPTIONS = frozenset({DEPTH_MAP, QK_NORM})
+"""Keys of ``arch`` that hold with stored weights too; all others are sizes of random ones."""
 
 
 class VggtPart(TrainedPart):
-    """A whole VGGT by its folder, or at random."""
+    """A whole VGGT by its folder, or at random.
+
+    WeightsError when ``arch`` has a ``qk_norm`` and the stored weights have another. The depth map is none of its
+    business: which heads are kept, the stages decide.
+    """
+
+    def __init__(self, family: str, weights: str, arch: Mapping[str, Any], seed: int) -> None:
+        sizes = {key: value for key, value in arch.items() if key != DEPTH_MAP}
+        wanted = sizes.pop(QK_NORM, None) if weights != RANDOM else None
+        super().__init__(family, weights, sizes, seed)
+        found = self.settings[QK_NORM]
+        if wanted not in (None, found):
+            raise WeightsError(
+                f"encoder arch {QK_NORM}={wanted}, but {weights} has {found} in its global blocks; leave it out "
+                "(recipe.spa3r.qk_norm_global=auto), or give the weights that it was meant for"
+            )
 
     def locate(self, weights: str) -> Path:
         """A folder, or a hub name. WeightsError when it is neither."""
@@ -122,7 +141,7 @@ class VggtPatches(PartViT):
     normalisation = IMAGENET_MEAN, IMAGENET_STD
 
     def find(self, weights: str, arch: Mapping[str, Any], seed: int) -> TrainedPart:  # noqa: D102
-        return VggtPart(self.family, weights, {key: value for key, value in arch.items() if key != "depth"}, seed)
+        return VggtPart(self.family, weights, arch, seed)
 
     def network(self, part: nn.Module | None = None) -> nn.Module:  # noqa: D102
         return super().network(part).get_submodule("aggregator.patch_embed")
@@ -140,7 +159,8 @@ class VggtViews(FrozenEncoder):
         upstream: the ``vggt_patches`` encoder, of the same weights.
         upstream_codec: codec that its records were stored with.
         weights: as of :class:`VggtPatches`.
-        arch: with random weights ``model`` (a registry name) and its settings; ``depth`` (default true) with any.
+        arch: with random weights ``model`` (a registry name) and its settings; with any ``depth_map`` (default true)
+            and ``qk_norm`` (that the weights must have).
         seed: of random weights.
         dtype: compute dtype of the aggregator.
     """
@@ -159,11 +179,11 @@ class VggtViews(FrozenEncoder):
         dtype: str = "bfloat16",
     ) -> None:
         super().__init__()
-        options = dict(arch or {})
-        self.depth = options.pop("depth", True)
-        if not isinstance(self.depth, bool):
-            raise ModelError(f"encoder arch depth={self.depth!r} must be true or false")
-        self.part = VggtPart(self.family, weights, options, seed)
+        arch = arch or {}
+        self.depth_map = arch.get(DEPTH_MAP, True)
+        if not isinstance(self.depth_map, bool):
+            raise ModelError(f"encoder arch {DEPTH_MAP}={self.depth_map!r} must be true or false")
+        self.part = VggtPart(self.family, weights, arch, seed)
         self.dtype_name, self.dtype = dtype, torch_dtype(dtype)
         tokens = upstream.outputs()["tokens"].shape if "tokens" in upstream.outputs() else ()
         width = self.part.settings["width"]
@@ -191,7 +211,7 @@ class VggtViews(FrozenEncoder):
     def _stripped(self, whole: nn.Module) -> Vggt:
         assert isinstance(whole, Vggt), f"{self.part.name} is a Vggt"
         del whole.aggregator.patch_embed, whole.point_head
-        if not self.depth:
+        if not self.depth_map:
             del whole.depth_head
         return whole
 
@@ -208,7 +228,7 @@ class VggtViews(FrozenEncoder):
             "kind": "views",
             "model": type(self).__name__,
             **own,
-            "depth": self.depth,
+            "depth": self.depth_map,
             "dtype": self.dtype_name,
             "libraries": {"torch": torch.__version__.split("+")[0]},
             "upstream": upstream,
@@ -227,7 +247,7 @@ class VggtViews(FrozenEncoder):
             "tokens": TensorSpec(shape=(views, 1, rows, columns, 2 * width), dtype=self.dtype_name),
             "pose": TensorSpec(shape=(views, ENCODING), dtype="float32", exact=True),
         }
-        if self.depth:
+        if self.depth_map:
             found["depth"] = TensorSpec(shape=(views, rows, columns), dtype="float32", exact=True)
         return found
 
@@ -262,7 +282,7 @@ class VggtViews(FrozenEncoder):
         return self._run(model, patches.to(model.aggregator.camera_token.device), hidden)
 
     def _run(self, model: Vggt, patches: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        out = model.from_patches(patches, self.grid, hidden, depth=self.depth)
+        out = model.from_patches(patches, self.grid, hidden, depth=self.depth_map)
         found = {"tokens": out.features.unflatten(2, self.grid)[:, :, None], "pose": out.poses[-1]}
         if out.depth is not None:
             found["depth"] = F.interpolate(out.depth, size=self.grid, mode="nearest")

@@ -215,3 +215,28 @@ def test_a_variant_says_more_of_some_recipes() -> None:
     released = configs.load(["recipe=spa3_vlm", "variant=released"]).recipe.spa3_vlm.adapter
     assert (released.projector, released.qk_norm, released.norm, released.gate) == (True, True, True, True)
     assert not configs.load(["recipe=spa3_vlm"]).recipe.spa3_vlm.adapter.gate
+
+
+def test_the_norm_that_a_recipe_asks_for_is_that_of_every_vggt() -> None:
+    wanted = "recipe.spa3r.qk_norm_global=rmsnorm"
+    config = configs.load(["recipe=spa3r_pretrain", wanted])
+    vggts = {name: one.arch for name, one in config.encoders.items() if one.family.startswith("vggt")}
+    assert len(vggts) == 2
+    assert all(arch["qk_norm"] == "rmsnorm" and arch["model"] == "vggt-tiny" for arch in vggts.values())
+    assert not any("qk_norm" in one.arch for name, one in config.encoders.items() if name not in vggts)
+    assert configs.from_yaml(configs.to_yaml(config)) == config
+    plain = configs.load(["recipe=spa3r_pretrain"])
+    assert not any("qk_norm" in one.arch for one in plain.encoders.values()), "auto follows the weights"
+
+
+def test_a_norm_is_asked_of_stored_weights_too_and_once() -> None:
+    asked = ["recipe=spa3r_pretrain", "size=paper", "recipe.spa3r.qk_norm_global=rmsnorm"]
+    assert configs.load(asked).encoders["patches"].arch == {"qk_norm": "rmsnorm"}
+    with pytest.raises(
+        configs.ConfigError, match=r"encoders\.views\.arch\.qk_norm=layernorm contradicts .*=rmsnorm; set one"
+    ):
+        configs.load([*asked, "encoders.views.arch={qk_norm: layernorm}"])
+    with pytest.raises(
+        configs.ConfigError, match=r"encoders\.patches\.arch=.* contradicts .*weights come with their arch"
+    ):
+        configs.load([*asked, "encoders.patches.arch={depth: 3}"])

@@ -77,12 +77,19 @@ def test_shapes_sizes_and_work_are_known_without_weights() -> None:
 
 
 def test_without_depth_there_is_no_depth_head() -> None:
-    patches, views = both(arch={"depth": False})
+    patches, views = both(arch={"depth_map": False})
     made = answer(views, records(patches))
     assert set(made) == set(views.outputs()) == {"tokens", "pose"}
     assert views.model is not None
     assert not hasattr(views.model, "depth_head")
     assert views.identity() != both()[1].identity()
+
+
+def test_the_number_of_layers_can_be_set_beside_the_depth_map() -> None:
+    patches, views = both(arch={"depth": 5, "depth_map": False})
+    assert set(answer(views, records(patches))) == {"tokens", "pose"}
+    assert views.model is not None
+    assert len(views.model.aggregator.global_blocks) == 5
 
 
 def test_dtypes() -> None:
@@ -132,9 +139,19 @@ def test_the_published_layout_in_either_file(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(made["tokens"].flatten(1), expected, rtol=1e-4, atol=1e-4)
         assert views.identity()["architecture"]["qk_norm"] == "layernorm"
         assert len(str(views.identity()["weights"])) == 64
-    patches, views = both(published_folder(tmp_path / "released", biases=False))
+    released = published_folder(tmp_path / "released", biases=False)
+    patches, views = both(released)
     assert views.identity()["architecture"]["qk_norm"] == "rmsnorm"
     assert not torch.allclose(answer(views, records(patches), ("context",) * 4)["tokens"].flatten(1), expected)
+
+
+def test_a_norm_that_the_weights_do_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "PUBLISHED", "vggt-tiny")
+    released = published_folder(tmp_path / "released", biases=False)
+    asked = both(released, arch={"qk_norm": "rmsnorm"})
+    assert asked[1].identity() == both(released)[1].identity(), "asking changes no key of a feature"
+    with pytest.raises(WeightsError, match=r"qk_norm=layernorm, but .*released has rmsnorm in its global blocks"):
+        VggtPatches(released, **SIZE, arch={"qk_norm": "layernorm"})
 
 
 def test_a_folder_of_ours(tmp_path: Path) -> None:
@@ -187,8 +204,8 @@ def test_encoders_that_do_not_fit_together() -> None:
     patches = VggtPatches("random", **SIZE)
     with pytest.raises(ModelError, match=r"reads tokens \(1, h, w, 384\).*vggt_patches encoder of the same weights"):
         VggtViews(patches, "none", arch={"model": "vggt-small"})
-    with pytest.raises(ModelError, match="depth='yes' must be true or false"):
-        VggtViews(patches, "none", arch={"depth": "yes"})
+    with pytest.raises(ModelError, match="depth_map='yes' must be true or false"):
+        VggtViews(patches, "none", arch={"depth_map": "yes"})
     with pytest.raises(ModelError, match="30x42 pixels"):
         VggtPatches("random", height=30, width=42)
     with pytest.raises(WeightsError, match=r"uniugg-vit-tiny; family vggt takes vggt-\*"):
