@@ -22,6 +22,8 @@ from services.data.readers.benchmarks import protocol
 
 FOLDER = "lmms_eval"
 """Below the run folder."""
+GREEDY: Mapping[str, Any] = {"do_sample": False, "temperature": 0, "num_beams": 1}
+"""How answers are decoded, in the harness's words."""
 OWN_PROMPT = "the last user's turn of the conversation"
 OWN_PICTURES = "all pictures of the conversation, in order"
 
@@ -41,6 +43,16 @@ def is_benchmark(config: RunConfig, source: str) -> bool:
     return config.data.sources[source].format == "benchmark"
 
 
+def longest_answer(config: RunConfig, source: str) -> int:
+    """Tokens that an answer to a question of a source may have.
+
+    A published benchmark has a limit of its own, or ``options.max_new_tokens`` of the source; all others, and those
+    that state none, have the run's ``generate.max_new_tokens``.
+    """
+    own = protocol(config.data.sources[source].options)["max_new_tokens"] if is_benchmark(config, source) else 0
+    return own or config.generate.max_new_tokens
+
+
 def protocol_of(
     config: RunConfig, source: str, benchmark: str, answered: Sequence[Answered], *, possible: int
 ) -> dict[str, Any]:
@@ -55,7 +67,7 @@ def protocol_of(
 
     Returns:
         ``benchmark``, ``parser``, ``prompt``, ``system``, ``frame_choice``, ``frames_at_most`` (benchmarks only),
-        ``frames`` (pictures shown -> questions), ``decoding``, ``questions``, ``of``.
+        ``frames`` (pictures shown -> questions), ``decoding``, ``max_new_tokens``, ``questions``, ``of``.
     """
     asked: dict[str, Any] = {"prompt": OWN_PROMPT, "frame_choice": OWN_PICTURES}
     if is_benchmark(config, source):
@@ -68,7 +80,8 @@ def protocol_of(
         **asked,
         "system": config.data.text.system,
         "frames": {str(count): shown[count] for count in sorted(shown)},
-        "decoding": f"greedy, at most {config.generate.max_new_tokens} new tokens",
+        "decoding": "greedy",
+        "max_new_tokens": longest_answer(config, source),
         "questions": len(answered),
         "of": possible,
     }
@@ -98,6 +111,7 @@ def harness_task(
         headline=found.headline,
         possible=possible,
         protocol=described,
+        generation={**GREEDY, "max_new_tokens": described["max_new_tokens"]},
     )
 
 
@@ -108,12 +122,6 @@ def write_harness(run: Path, config: RunConfig, tasks: Sequence[harness.Task], *
     """
     folder = run / FOLDER / harness.sanitized(run.name)
     folder.mkdir(parents=True, exist_ok=True)
-    generation = {
-        "max_new_tokens": config.generate.max_new_tokens,
-        "do_sample": False,
-        "temperature": 0,
-        "num_beams": 1,
-    }
     written: list[Path] = []
     for group in _each_once(tasks):
         date = _free_time(folder)
@@ -121,7 +129,7 @@ def write_harness(run: Path, config: RunConfig, tasks: Sequence[harness.Task], *
             group,
             model=run.name,
             model_args=f"pretrained={run},recipe={config.recipe.name},size={config.size}",
-            generation=generation,
+            generation=GREEDY,
             date=date,
             seconds=seconds,
         )

@@ -74,9 +74,15 @@ class FrameReader:
         return ids
 
     def generate(
-        self, module: nn.Module, prompts: Sequence[Sequence[int]], batch: Mapping[str, Any], device: str
+        self,
+        module: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        batch: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        device: str,
     ) -> list[list[int]]:
-        """Token ids of the answers to prompts about the pictures of the only sample of a batch."""
+        """Token ids, at most ``max_new_tokens``, of answers about the pictures of the only sample of a batch."""
         assert isinstance(module, Spa3VLM), "the recipe makes this model"
         scene = {}
         if int(batch["grids_lengths"][0, 0]):
@@ -85,7 +91,7 @@ class FrameReader:
             module,
             prompts,
             scene,
-            max_new_tokens=self._config.generate.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             stop=(self.texts.end_of_turn,),
             batch_size=self._config.generate.batch_size,
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.recipes.base import row
-from actors.recipes.benchmarks import Answered, harness_task, is_benchmark, protocol_of, write_harness
+from actors.recipes.benchmarks import Answered, harness_task, is_benchmark, longest_answer, protocol_of, write_harness
 from actors.recipes.pictures import Album
 from actors.recipes.samples import load_samples, spread
 from configs import RunConfig
@@ -223,9 +223,15 @@ class Reader(Protocol):
         ...
 
     def generate(
-        self, module: nn.Module, prompts: Sequence[Sequence[int]], batch: Mapping[str, Any], device: str
+        self,
+        module: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        batch: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        device: str,
     ) -> list[list[int]]:
-        """Token ids of the answers to prompts about the pictures of the only sample of a batch."""
+        """Token ids, at most ``max_new_tokens``, of answers about the pictures of the only sample of a batch."""
         ...
 
 
@@ -242,9 +248,15 @@ class TokenReader:
         return ids
 
     def generate(
-        self, module: nn.Module, prompts: Sequence[Sequence[int]], batch: Mapping[str, Any], device: str
+        self,
+        module: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        batch: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        device: str,
     ) -> list[list[int]]:
-        """Token ids of the answers to prompts about the pictures of the only sample of a batch."""
+        """Token ids, at most ``max_new_tokens``, of answers about the pictures of the only sample of a batch."""
         assert isinstance(module, UniuggLLM), "the recipe makes this model"
         views = int(batch["tokens_lengths"][0, 0])
         tokens: Tensor | None = batch["tokens"][0, :views, 0].to(device, torch.float32) if views else None
@@ -252,7 +264,7 @@ class TokenReader:
             module,
             prompts,
             tokens,
-            max_new_tokens=self._config.generate.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             stop=(self.texts.end_of_turn,),
             batch_size=self._config.generate.batch_size,
         )
@@ -265,9 +277,9 @@ def answer(
 
     Questions about the same pictures are asked together: the model reads the pictures once.
     """
-    groups: dict[tuple[ImageRef, ...], list[Asked]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[ImageRef, ...]], list[Asked]] = defaultdict(list)
     for one in asked:
-        groups[one.item.images].append(one)
+        groups[one.source, one.item.images].append(one)
     first = {group[0].sample.id: group for group in groups.values()}
     answers: dict[str, str] = {}
     chosen = [group[0].sample for group in groups.values()]
@@ -279,7 +291,12 @@ def answer(
             )
             continue
         prompts = _prompts(group, reader, batch)
-        given = reader.generate(module, list(prompts.values()), batch, device) if prompts else []
+        longest = longest_answer(judge.config, sample.source)
+        given = (
+            reader.generate(module, list(prompts.values()), batch, max_new_tokens=longest, device=device)
+            if prompts
+            else []
+        )
         answers |= {name: reader.texts.decode(ids) for name, ids in zip(prompts, given, strict=True)}
     return answers
 

@@ -46,6 +46,8 @@ class Task:
     possible: int
     """Questions that the benchmark has, of which ``replies`` may be a part."""
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """How its answers were made, where that is not so for all tasks of a file."""
 
 
 #: Scorer -> the harness's name of the task, and of its metric.
@@ -82,7 +84,7 @@ def results(
         tasks: what was asked, each benchmark once. ValueError for one that is there twice.
         model: name of what answered.
         model_args: how it can be found, as "key=value,...".
-        generation: how answers were made.
+        generation: how the answers of all tasks were made.
         date: as in the file's name, e.g. 20260131_235959.
         seconds: that it took.
     """
@@ -164,7 +166,7 @@ def _config(name: str, task: Task, generation: Mapping[str, Any]) -> dict[str, A
         "test_split": "test",
         "num_fewshot": 0,
         "output_type": "generate_until",
-        "generation_kwargs": dict(generation),
+        "generation_kwargs": {**generation, **task.generation},
         "metric_list": [{"metric": metric_name(task.benchmark), "higher_is_better": True}],
         "metadata": dict(task.protocol),
     }

@@ -56,6 +56,8 @@ class Questions(ABC):
     """The form in which it asks; recorded with every score."""
     shows: ClassVar[str] = ALL_PICTURES
     """Which pictures it shows; recorded with every score."""
+    max_new_tokens: ClassVar[int] = 0
+    """Longest answer by its published evaluation, tokens; 0 where that states none."""
 
     def __init__(self, settings: Settings, shared: Notes) -> None:
         self.settings = settings

@@ -9,6 +9,7 @@ Options:
 - ``videos``: folder of videos (vsibench, seedbench); default: the root.
 - ``frames``: pictures that stand for a video, evenly spaced from its first to its last frame.
 - ``part``: of seedbench, image | video | all.
+- ``max_new_tokens``: longest answer; 0 is the benchmark's own (vsibench: 16), or that of the run where it states none.
 
 An item's user turn is the prompt that the benchmark publishes, its assistant turn the true answer. Everything is of
 the split ``test``, unless ``splits`` says otherwise: a benchmark is nothing to train on.
@@ -52,30 +53,46 @@ def benchmark_class(name: str) -> type[Questions]:
 
 
 def protocol(options: Mapping[str, Any]) -> dict[str, Any]:
-    """How a benchmark with these options is asked: ``prompt``, ``frames`` (at most, of a video), ``frame_choice``."""
+    """How a benchmark with these options is asked: ``prompt``, ``frames`` (at most, of a video), ``frame_choice``,
+    ``max_new_tokens`` (0 where neither it nor the options limit the answer).
+
+    ConfigError for a name or a number that cannot be.
+    """
     benchmark = benchmark_class(str(options.get("name", "")))
-    frames = int(options.get("frames", BenchmarkReader.options["frames"]))
-    return {"prompt": benchmark.prompt, "frames": frames, "frame_choice": benchmark.shows}
+    given = {**BenchmarkReader.options, **options}
+    return {
+        "prompt": benchmark.prompt,
+        "frames": _number(given, "frames", least=1),
+        "frame_choice": benchmark.shows,
+        "max_new_tokens": _number(given, "max_new_tokens", least=0) or benchmark.max_new_tokens,
+    }
+
+
+def _number(options: Mapping[str, Any], name: str, *, least: int) -> int:
+    value = options[name]
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"options.{name}={value!r} must be a whole number of at least {least}")
+    return value
 
 
 class BenchmarkReader(Reader):
     """Questions of a benchmark."""
 
     version: ClassVar[int] = 1
-    options: ClassVar[Mapping[str, Any]] = {"name": "", "images": "", "videos": "", "frames": 32, "part": "image"}
+    options: ClassVar[Mapping[str, Any]] = {
+        "name": "", "images": "", "videos": "", "frames": 32, "part": "image", "max_new_tokens": 0,
+    }  # fmt: skip
 
     @cached_property
     def questions(self) -> Questions:
         """The benchmark's files. ConfigError when ``options.name`` is none of them."""
         benchmark = benchmark_class(self.option("name"))
-        frames = self.option("frames")
-        if not isinstance(frames, int) or frames < 1:
-            raise ConfigError(f"options.frames={frames!r} must be a whole number of at least 1")
+        asked = protocol(self._options)
         settings = Settings(
             root=self.root,
             images=self.option("images"),
             videos=self.option("videos"),
-            frames=frames,
+            frames=asked["frames"],
             part=self.option("part"),
             cache=self.cache,
         )

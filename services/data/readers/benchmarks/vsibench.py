@@ -40,6 +40,7 @@ class VsiBench(Questions):
         f"numbers: {OPENING}\n{{question}}\n{WORD_PROMPT}"
     )
     shows: ClassVar[str] = SPREAD_FRAMES
+    max_new_tokens: ClassVar[int] = 16
 
     @cached_property
     def _records(self) -> list[tuple[Row, str]]:

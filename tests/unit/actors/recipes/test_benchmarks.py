@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,17 +13,25 @@ import pytest
 import torch
 
 from actors.recipes import uniugg_answers
-from actors.recipes.benchmarks import OWN_PICTURES, OWN_PROMPT, Answered, harness_task, protocol_of, write_harness
+from actors.recipes.benchmarks import (
+    OWN_PICTURES,
+    OWN_PROMPT,
+    Answered,
+    harness_task,
+    longest_answer,
+    protocol_of,
+    write_harness,
+)
 from actors.recipes.pictures import Album
 from actors.recipes.uniugg_answers import Asked, judge_answers
-from configs import RunConfig
+from configs import ConfigError, RunConfig
 from configs.schema import DataConfig, GenerateConfig, SourceConfig, TextConfig
 from models.metrics.benchmarks import scorer
 from models.metrics.vsibench import QUESTION_TYPES
 from services.contracts import ImageRef, Item, Question, Split, Turn
 
 CONFIG = RunConfig(
-    generate=GenerateConfig(max_new_tokens=16),
+    generate=GenerateConfig(max_new_tokens=50),
     data=DataConfig(
         text=TextConfig(system="You see rooms."),
         sources={
@@ -54,10 +63,25 @@ def test_a_protocol_says_frames_prompt_and_parser() -> None:
     assert told["frame_choice"].startswith("frames of a video at linspace(0, frames - 1, n)")
     assert told["prompt"].startswith("These are frames of a video.\n{question}")
     assert "float() of it (the benchmark's own reader)" in told["parser"]
-    assert (told["system"], told["decoding"]) == ("You see rooms.", "greedy, at most 16 new tokens")
+    assert (told["system"], told["decoding"]) == ("You see rooms.", "greedy")
+    assert told["max_new_tokens"] == 16, "as published, not as the run has it"
     other = protocol_of(CONFIG, "own", "plain", replies, possible=3)
     assert (other["prompt"], other["frame_choice"]) == (OWN_PROMPT, OWN_PICTURES)
     assert "frames_at_most" not in other
+    assert other["max_new_tokens"] == 50
+
+
+def test_the_limit_of_a_benchmark_can_be_set() -> None:
+    def longest(**options: Any) -> int:
+        source = SourceConfig(format="benchmark", root="/b", options=options)
+        return longest_answer(replace(CONFIG, data=DataConfig(sources={"asked": source})), "asked")
+
+    assert longest(name="vsibench") == 16
+    assert longest(name="vsibench", max_new_tokens=128) == 128
+    assert longest(name="blink") == 50, "which states none"
+    assert longest(name="blink", max_new_tokens=8) == 8
+    with pytest.raises(ConfigError, match=r"options\.max_new_tokens=-1 must be a whole number of at least 0"):
+        longest(name="vsibench", max_new_tokens=-1)
 
 
 def test_files_of_the_harness(tmp_path: Path) -> None:
@@ -77,13 +101,39 @@ def test_files_of_the_harness(tmp_path: Path) -> None:
     assert content["results"]["vsibench"]["vsibench_score,none"]["overall"] == 1.0
     assert content["n-samples"]["vsibench"] == {"original": 20, "effective": 10}
     assert content["configs"]["vsibench"]["metadata"]["frames"] == {"8": 10}
-    assert content["config"]["gen_kwargs"]["max_new_tokens"] == 16
+    assert content["configs"]["vsibench"]["generation_kwargs"] == {
+        "do_sample": False, "temperature": 0, "num_beams": 1, "max_new_tokens": 16
+    }  # fmt: skip
+    assert "max_new_tokens" not in content["config"]["gen_kwargs"], "tasks differ in it"
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [line["vsibench_score"]["id"] for line in lines] == [str(n) for n in range(10)]
     # Two sources of one benchmark, and a second evaluation, overwrite nothing.
     more = write_harness(run, CONFIG, [task, task])
     assert len({samples, results, *more}) == 6
     assert len(list(results.parent.glob("*_results.json"))) == 3
+
+
+def test_answers_are_as_long_as_their_source_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sources ask about the same pictures, one of them a benchmark with a limit of its own."""
+    limits: list[int] = []
+
+    def generate(_: Any, prompts: Sequence[Any], __: Any, *, max_new_tokens: int, device: str) -> list[list[int]]:
+        limits.append(max_new_tokens)
+        return [[7]] * len(prompts)
+
+    texts = SimpleNamespace(decode=str)
+    reader = cast("Any", SimpleNamespace(prompt=lambda *_: [1], generate=generate, texts=texts))
+    turns = (Turn(role="user", text="How many chairs?"), Turn(role="assistant", text="4"))
+    item = Item(id="0", images=(ImageRef(path="/v.mp4", frame=0),), turns=turns)
+    asked = [Asked(source=name, item=item, question=question(name, "object_counting")) for name in ("vsi", "own")]
+    monkeypatch.setattr(uniugg_answers, "_without_text", lambda judge: judge)
+    monkeypatch.setattr(
+        uniugg_answers, "load_samples", lambda _, chosen, **__: [({"weight": [1.0]}, (one,)) for one in chosen]
+    )
+    judge = cast("Any", SimpleNamespace(config=CONFIG))
+    found = uniugg_answers.answer(torch.nn.Identity(), asked, judge, reader, split=Split.TEST, device="cpu")
+    assert found == {"vsi": "[7]", "own": "[7]"}
+    assert limits == [16, 50]
 
 
 def test_an_evaluation_of_a_benchmark_reports_both_readers_and_writes_the_files(

@@ -552,6 +552,7 @@ def test_how_a_benchmark_is_asked_can_be_told() -> None:
         assert told["prompt"]
         assert told["frame_choice"]
     assert protocol({"name": "vsibench", "frames": 8})["frames"] == 8
+    assert [name for name in READERS if protocol({"name": name})["max_new_tokens"]] == ["vsibench"]
     assert "linspace" in protocol({"name": "vsibench"})["frame_choice"]
     with pytest.raises(ConfigError, match="did you mean 'cvbench'"):
         protocol({"name": "cv_bench"})
