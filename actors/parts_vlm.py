@@ -53,7 +53,7 @@ def open_vlm(
         _check_reads(config, place)
     _check_tokenizer(config, pipeline, place)
     pipeline.llm.to(device)
-    return Spa3VlmPipeline(pipeline.llm)
+    return pipeline
 
 
 def _check_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path) -> None:

@@ -26,7 +26,13 @@ class Spa3VlmPipeline:
         if not isinstance(llm, Spa3VLM):
             raise WeightsError(f"part 'llm' must be a {Spa3VLM.__name__}, got a {type(llm).__name__}")
         self.llm = llm.eval()
-        self.device = llm.language.get_input_embeddings().weight.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        weight = self.llm.language.get_input_embeddings().weight
+        assert isinstance(weight, Tensor), "an embedding's weight"
+        return weight.device
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Spa3VlmPipeline:
