@@ -49,7 +49,7 @@ def longest_answer(config: RunConfig, source: str) -> int:
     A published benchmark has a limit of its own, or ``options.max_new_tokens`` of the source; all others, and those
     that state none, have the run's ``generate.max_new_tokens``.
     """
-    own = protocol(config.data.sources[source].options)["max_new_tokens"] if is_benchmark(config, source) else 0
+    own: int = protocol(config.data.sources[source].options)["max_new_tokens"] if is_benchmark(config, source) else 0
     return own or config.generate.max_new_tokens
 
 
