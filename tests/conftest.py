@@ -62,7 +62,7 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=2,
-        resources={"role_trainer": 8, "role_feature": 8, "role_llm": 4, "role_diffusion": 4},
+        resources={"role_trainer": 8, "role_feature": 8, "role_llm": 4, "role_diffusion": 4, "role_vlm": 4},
         include_dashboard=False,
         object_store_memory=300_000_000,
         log_to_driver=False,

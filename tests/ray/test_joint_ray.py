@@ -92,6 +92,7 @@ SHAPES = {
         "roles.diffusion.backend=ddp",
     ),
     "zero2": ("cluster.roles.llm.workers=[2]", "roles.llm.backend=zero2"),
+    "zero3": ("cluster.roles.llm.workers=[2]", "roles.llm.backend=zero3"),
 }  # fmt: skip
 
 
@@ -248,5 +249,8 @@ def test_an_interrupt_of_the_driver_ends_both_groups(folder: Path, inline: Path)
     _, alive = psutil.wait_procs(below, timeout=20)
     assert not [p.cmdline() for p in alive], "nothing is left behind"
     lost = [e for e in events.read(run / "events") if e["what"] == "failure" and e["who"] == "driver"]
-    assert {e["error"] for e in lost} == {"PeerLostError"}
-    assert all("generation 2 of this run has begun" in e["message"] for e in lost)
+    assert lost, "the driver has written down how the groups ended"
+    # By themselves when they see that the next generation has begun, or with Ray where that is faster.
+    assert {e["error"] for e in lost} <= {"PeerLostError", "ActorDiedError"}
+    by_themselves = [e["message"] for e in lost if e["error"] == "PeerLostError"]
+    assert all("generation 2 of this run has begun" in message for message in by_themselves)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from actors.preflight.fake import building
 from actors.preflight.memory import spread, step_cost
 from actors.trainers.backends import make_backend
-from actors.trainers.lora import apply_lora
+from actors.trainers.lora import apply_lora, cast_base
 from actors.trainers.recompute import checkpoint_activations
 from configs.schema import BackendConfig, PeftConfig, TrainerConfig
 from tests.support.sharded_load import ROLE, language, step
@@ -26,30 +26,43 @@ PEFT = PeftConfig(method="lora", rank=8)
 
 
 def measured_and_planned(
-    backend: str, *, lora: bool = False, checkpointing: bool = False, autocast: bool = False, accumulation: int = 1
+    backend: str,
+    *,
+    lora: bool = False,
+    checkpointing: bool = False,
+    autocast: bool = False,
+    accumulation: int = 1,
+    half: bool = False,
 ) -> tuple[int, int]:
-    """Peak bytes of the second step of rank 0, and what the plan says."""
+    """Peak bytes of the second step of rank 0, and what the plan says; ``half``: frozen weights in bfloat16."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     settings = BackendConfig(name=backend, persistence_threshold=0)
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     try:
-        measured = _measure(settings, lora, checkpointing, autocast, accumulation)
+        measured = _measure(settings, lora, checkpointing, autocast, accumulation, half)
     finally:
         dist.destroy_process_group()
     with building():
-        module = language(**SIZE)
-        if lora:
-            apply_lora(module, ROLE, PEFT)
+        module = _module(lora, half)
     cost = step_cost(module, ROLE, _batch(), autocast=autocast, checkpointing=checkpointing)
     return measured, spread(cost, module, ROLE, settings, WORLD).peak(accumulation)
+
+
+def _module(lora: bool, half: bool) -> Any:
+    module = language(**SIZE)
+    if lora:
+        apply_lora(module, ROLE, PEFT)
+    return cast_base(module, torch.bfloat16) if half else module
 
 
 def _batch() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.arange(2 * 48).reshape(2, 48) % 2000}
 
 
-def _measure(settings: BackendConfig, lora: bool, checkpointing: bool, autocast: bool, accumulation: int) -> int:
+def _measure(
+    settings: BackendConfig, lora: bool, checkpointing: bool, autocast: bool, accumulation: int, half: bool
+) -> int:
     from torch.distributed._tools.mem_tracker import MemTracker
 
     class Tracker(MemTracker):
@@ -60,9 +73,7 @@ def _measure(settings: BackendConfig, lora: bool, checkpointing: bool, autocast:
 
     tracker, batch = Tracker(), _batch()
     with tracker:
-        module = language(**SIZE)
-        if lora:
-            apply_lora(module, ROLE, PEFT)
+        module = _module(lora, half)
         if checkpointing:
             checkpoint_activations(module, ROLE)
         backend = make_backend(settings, "cpu")

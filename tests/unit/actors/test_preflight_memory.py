@@ -40,6 +40,8 @@ MANY: list[dict[str, Any]] = [
     {"backend": "zero3"},
     {"backend": "zero3", "lora": True},
     {"backend": "zero3", "checkpointing": True, "accumulation": 2},
+    {"backend": "fsdp2", **TRIMMED, "half": True},
+    {"backend": "zero3", **TRIMMED, "half": True},
 ]
 
 
