@@ -73,8 +73,8 @@ FIELD_SMALL = (
     "encoders.semantic.dtype=float32",
     "service.threads=1",
     "trainer.precision=float32",
-    "trainer.steps=150",
-    "trainer.micro_batch=4",
+    "trainer.steps=600",
+    "trainer.micro_batch=8",
     "trainer.warmup_steps=20",
 )
 
