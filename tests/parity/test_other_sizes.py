@@ -83,10 +83,14 @@ def test_what_is_written_out_is_what_was_published() -> None:
             assert_close(value, tensors[f"out/{name}"], 1e-5 if name.startswith("loss") else 1e-4, name)
     meta, tensors = parity.read_case(Path(FOLDER) / "vggt_a.npz")
     state = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("sd/")}
-    compare_vggt(state, meta["config"], tensors["in/images"], {n[4:]: t for n, t in tensors.items() if "out/" in n})
+    assert_vggt_as_written(
+        state, meta["config"], tensors["in/images"], {n[4:]: t for n, t in tensors.items() if "out/" in n}
+    )
 
 
-def compare_vggt(state: dict[str, Tensor], config: dict[str, Any], images: Tensor, expected: dict[str, Tensor]) -> None:
+def assert_vggt_as_written(
+    state: dict[str, Tensor], config: dict[str, Any], images: Tensor, expected: dict[str, Tensor]
+) -> None:
     outputs = written.aggregated(images, None, state, config)
     for layer, output in enumerate(outputs):
         assert_close(output, expected[f"agg{layer}"], 1e-4, f"agg{layer}")
@@ -120,7 +124,7 @@ def test_vggt(changes: dict[str, Any], shape: tuple[int, ...]) -> None:
     state = random_state(model, seed=len(str(changes)))
     cases.load_case(model, meta, state)
     images = torch.rand(*shape[:2], 3, *shape[2:], generator=torch.Generator().manual_seed(1))
-    compare_vggt(state, config, images, cases.run_case(model, meta, {"images": images}))
+    assert_vggt_as_written(state, config, images, cases.run_case(model, meta, {"images": images}))
 
 
 ONE_PASS, TWO_PASSES = True, False

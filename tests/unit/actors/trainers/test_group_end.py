@@ -48,7 +48,7 @@ print("trained", *names)
 """
 
 
-def end_on_two_ranks(folder: Path, names: str) -> None:
+def assert_two_ranks_end(folder: Path, names: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[4])}
     ranks = [
         subprocess.Popen(
@@ -66,7 +66,7 @@ def end_on_two_ranks(folder: Path, names: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads by name are Linux's")
 def test_no_thread_of_gloo_works_after_training(tmp_path: Path) -> None:
-    end_on_two_ranks(tmp_path, "ddp,fsdp2")
+    assert_two_ranks_end(tmp_path, "ddp,fsdp2")
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_no_thread_of_gloo_works_after_training(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads by name are Linux's")
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_no_thread_of_gloo_works_after_training_with_deepspeed(name: str, tmp_path: Path) -> None:
-    end_on_two_ranks(tmp_path, name)
+    assert_two_ranks_end(tmp_path, name)
 
 
 def test_every_backend_can_be_closed_before_it_has_anything() -> None:

@@ -64,17 +64,19 @@ def folder_of(config: RunConfig) -> Path:
     return Path(config.storage.root) / "runs" / config.name
 
 
-def on_two_ranks(root: Path, alone: Callable[[str, str], Path], cases: Sequence[tuple[str, str, str, str]]) -> None:
+def assert_two_ranks_give_what_one_gives(
+    root: Path, alone: Callable[[str, str], Path], cases: Sequence[tuple[str, str, str, str]]
+) -> None:
     """Train (recipe, tuning, backend, offload) on two ranks and compare each with one process."""
     expected = [alone(recipe, tuning) for recipe, tuning, _, _ in cases]
     runs = [run_of(root, *case) for case in cases]
     steps = in_ranks(train_each, root / "ranks" / runs[0].name, 2, runs, timeout=600)
     assert steps == [{run.name: 3.0 for run in runs}] * 2
     for run, folder in zip(runs, expected, strict=True):
-        compare(folder_of(run), folder, run.trainer.lr)
+        assert_same_training(folder_of(run), folder, run.trainer.lr)
 
 
-def compare(ours: Path, theirs: Path, lr: float) -> None:
+def assert_same_training(ours: Path, theirs: Path, lr: float) -> None:
     """Losses, norms, weights and moments of two runs."""
     found, wanted = losses(ours), losses(theirs)
     assert list(found) == list(wanted) == [1, 2, 3]
@@ -98,7 +100,7 @@ def compare(ours: Path, theirs: Path, lr: float) -> None:
 
 
 def test_low_rank_updates_of_the_language_model(root: Path, alone: Callable[[str, str], Path]) -> None:
-    on_two_ranks(root, alone, [("spa3_vlm", "lora", "fsdp2", "none")])
+    assert_two_ranks_give_what_one_gives(root, alone, [("spa3_vlm", "lora", "fsdp2", "none")])
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_low_rank_updates_of_the_language_model(root: Path, alone: Callable[[str
 def test_every_tuning_on_every_backend(
     recipe: str, backend: str, root: Path, alone: Callable[[str, str], Path]
 ) -> None:
-    on_two_ranks(root, alone, [(recipe, tuning, backend, "none") for tuning in TUNED])
+    assert_two_ranks_give_what_one_gives(root, alone, [(recipe, tuning, backend, "none") for tuning in TUNED])
 
 
 @pytest.mark.slow
@@ -117,7 +119,7 @@ def test_every_tuning_on_every_backend(
 def test_what_lies_on_the_host(recipe: str, root: Path, alone: Callable[[str, str], Path]) -> None:
     offloads = [("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")]
     cases = [(recipe, tuning, *offload) for tuning in ("full", "lora") for offload in offloads]
-    on_two_ranks(root, alone, cases)
+    assert_two_ranks_give_what_one_gives(root, alone, cases)
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def train_all(names: Sequence[str], cases: Sequence[str]) -> dict[str, Any]:
     return {f"{name} {case}": train(name, case) for name in names for case in cases}
 
 
-def compare(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[str]) -> None:
+def assert_as_in_one_process(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[str]) -> None:
     for case in cases:
         expected = train("single", case)
         for name in names:
@@ -120,14 +120,14 @@ def compare(ranks: list[dict[str, Any]], names: Sequence[str], cases: Sequence[s
 
 def test_ranks_without_pictures_do_what_the_others_do(tmp_path: Path) -> None:
     names, cases = ("ddp", "fsdp2"), ("cross/full", "cross/lora", "append/full")
-    compare(in_ranks(train_all, tmp_path, 2, names, cases, timeout=100), names, cases)
+    assert_as_in_one_process(in_ranks(train_all, tmp_path, 2, names, cases, timeout=100), names, cases)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ranks_without_pictures_do_what_the_others_do_with_zero(tmp_path: Path) -> None:
     names, cases = ("zero2", "zero3"), ("cross/full", "cross/lora", "append/full")
-    compare(in_ranks(train_all, tmp_path, 2, names, cases, timeout=200), names, cases)
+    assert_as_in_one_process(in_ranks(train_all, tmp_path, 2, names, cases, timeout=200), names, cases)
 
 
 def test_a_rank_that_never_has_pictures_moves_the_adapter_like_the_others() -> None:
