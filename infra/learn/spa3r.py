@@ -60,8 +60,6 @@ FIELD_SMALL = (
     "size=small",
     *FIELD,
     "recipe.view_set.interval=[1,2]",
-    "data.rooms.scenes=240",
-    "recipe.view_set.plans_per_scene=2",
     "data.rooms.width=160",
     "data.rooms.height=120",
     "encoders.patches.height=84",
@@ -73,9 +71,9 @@ FIELD_SMALL = (
     "encoders.semantic.dtype=float32",
     "service.threads=1",
     "trainer.precision=float32",
-    "trainer.steps=600",
+    "trainer.steps=1800",
     "trainer.micro_batch=8",
-    "trainer.warmup_steps=20",
+    "trainer.warmup_steps=50",
 )
 
 #: All questions of the chosen types are judged, each beside what an image-blind guess scores.

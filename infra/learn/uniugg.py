@@ -53,6 +53,9 @@ GEOMETRY_ONLY = ("recipe.losses.semantic_tokens=0", "recipe.losses.semantic_summ
 THIRD = ("data=rooms-single", "evaluate.samples=400", "trainer.micro_batch=8", "trainer.lr=1e-3")
 ALIGN = ("trainer.micro_batch=16",)
 
+#: What more of the first phase gives; the phases behind it go on from the shorter one.
+LONG = ("trainer.steps=4000",)
+
 #: Optimiser steps by recipe.
 STEPS = {
     "uniugg_encoder": 2000,
@@ -112,7 +115,7 @@ def joint_inputs(seed: int, end: str, reads: Sequence[str]) -> tuple[str, ...]:
     return (*reads, f"encoders.vae.weights={vae}", f"encoders.reconstruction.weights={vae}")
 
 
-def jobs(seeds: int, joint_seeds: int) -> list[Job]:
+def jobs(seeds: int) -> list[Job]:
     """All runs, in the order in which they are worth having: what all claims need first, further seeds last."""
     reads = ("encoders.vit.weights=run:encoder-0/encoder",)
     start = "model.init.spatial_decoder=run:encoder-0/spatial_decoder"
@@ -123,24 +126,23 @@ def jobs(seeds: int, joint_seeds: int) -> list[Job]:
         job("p3", "direct", "uniugg_direct", 0, *reads, f"model.init.llm={llm(0)}"),
         job("p3", "finetune", "uniugg_finetune", 0, *joint_inputs(0, "", reads), *tuned),
     ]
-    further = {seed: chain(seed) for seed in range(1, max(seeds, joint_seeds))}
+    found += [job("p1", "encoder-long", "uniugg_encoder", 0, *LONG)]
     found += chain(0, kind="b", encoder=GEOMETRY_ONLY)
     found += chain(0, kind="a", vit=TEACHER)
-    found += [one for seed, made in further.items() if seed < seeds for one in made if one.phase != "p3"]
-    found += [one for seed, made in further.items() if seed < joint_seeds for one in made if one.phase == "p3"]
+    for seed in range(1, seeds):
+        found += chain(seed)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, collect, and print the claims."""
     parser = arguments(__doc__, "uniugg", RESULTS, ("p1", "p2", "p3"), budget=120.0)
-    parser.add_argument("--seeds", type=int, default=2, help="seeds of the first two phases")
-    parser.add_argument("--joint-seeds", type=int, default=1, help="seeds of the third phase")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of the main line; ablations have one")
     parser.add_argument("--lpips", default=_alexnet(), help="AlexNet trunk of LPIPS (folder or file); without it, PSNR")
     args = parser.parse_args(argv)
     if not args.table:
         root = check(args, RESULTS)
-        wanted = chosen(args, jobs(args.seeds, args.joint_seeds))
+        wanted = chosen(args, jobs(args.seeds))
         carry_out(args, root, {one: command(one, root, quick=args.quick, lpips=args.lpips) for one in wanted})
     return conclude(args, "uniugg", claims(read(args.out)))
 
