@@ -177,7 +177,7 @@ def _train(config: RunConfig, folder: Path, feed: Feed, pool: PoolAddress | None
 @contextmanager
 def _progress(config: RunConfig, folder: Path) -> Iterator[None]:
     """The progress line, fed from metrics.jsonl wherever the training runs."""
-    from configs.validate import ROLES
+    from configs.roles import ROLES
     from services.telemetry.loggers import METRICS_FILE
     from services.telemetry.progress import Progress, follow
 

@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.convert import nearest, to_dict
 from configs.errors import ConfigError
+from configs.roles import ROLES
 from configs.schema import RunConfig
-from configs.validate import ROLES
 
 DEFAULT_RECIPE = "probe"
 DEFAULT_SIZE = "tiny"

@@ -1,10 +1,24 @@
-"""The configuration as one role of a model of several sees it."""
+"""The roles that a recipe trains, and the configuration as one of them sees it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from configs.schema import RoleOverrides, RunConfig
+
+#: Roles that a recipe trains, each a worker group of ``cluster.roles``.
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "probe": ("trainer",),
+    "uniugg_encoder": ("trainer",),
+    "uniugg_vae": ("trainer",),
+    "uniugg_align": ("llm",),
+    "uniugg_joint": ("llm", "diffusion"),
+    "uniugg_finetune": ("llm", "diffusion"),
+    "uniugg_direct": ("llm",),
+    "spa3r_pretrain": ("trainer",),
+    "spa3_vlm": ("vlm",),
+}
 
 #: Settings of ``trainer`` that all roles of a run share: they decide the steps, or are read by the driver.
 SHARED_TRAINER = frozenset(

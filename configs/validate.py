@@ -15,27 +15,18 @@ from typing import Any
 
 from configs.convert import hints_of, nearest, section_problems
 from configs.paths import is_uri
-from configs.resolve import OPTIONS
-from configs.roles import SHARED_TRAINER, role_config
-from configs.schema import EncoderConfig, RoleConfig, RoleOverrides, RunConfig, SourceConfig, TrainerConfig
-from configs.validate_recipes import RECIPE_ALLOWED, view_sets
+from configs.roles import ROLES, SHARED_TRAINER, role_config
+from configs.schema import RunConfig, SourceConfig, TrainerConfig
+from configs.validate_cluster import CLUSTER_RULES
+from configs.validate_encoders import ENCODER_RULES, IMAGE_FAMILIES, RECORD_FAMILIES, TEXT_FAMILIES
+from configs.validate_recipes import RECIPE_ALLOWED, RECIPE_RULES
 
 SPLITS = ("train", "val", "test")
 FORMATS = (
     "rooms", "scannet", "scannetpp", "arkitscenes", "re10k", "nerfstudio", "colmap", "sevenscenes", "images", "corpus",
     "questions", "benchmark",
 )  # fmt: skip
-RECIPES = (
-    "probe", "uniugg_encoder", "uniugg_vae", "uniugg_align", "uniugg_joint", "uniugg_finetune", "uniugg_direct",
-    "spa3r_pretrain", "spa3_vlm",
-)  # fmt: skip
-IMAGE_FAMILIES = (
-    "dinov2", "dinov3", "radio", "siglip2", "clip", "uniugg_vit", "mast3r", "vggt_patches", "qwen2_5_vl",
-)  # fmt: skip
-TEXT_FAMILIES = ("siglip2_text", "clip_text")
-RECORD_FAMILIES = ("pooled", "projection", "uniugg_vae", "uniugg_reconstruction", "vggt", "spa3r")
-"""Families that read what another encoder made of pictures; vggt of all views of a sample together."""
-_HUGGING_FACE = ("dinov2", "dinov3", "radio", "siglip2", "clip")
+RECIPES = tuple(ROLES)
 BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -64,22 +55,6 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "cluster.mode": ("inline", "local", "attach"),
     "logger.progress": ("auto", "plain", "off"),
 }
-
-#: Roles that a recipe trains, each a worker group of ``cluster.roles``.
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "probe": ("trainer",),
-    "uniugg_encoder": ("trainer",),
-    "uniugg_vae": ("trainer",),
-    "uniugg_align": ("llm",),
-    "uniugg_joint": ("llm", "diffusion"),
-    "uniugg_finetune": ("llm", "diffusion"),
-    "uniugg_direct": ("llm",),
-    "spa3r_pretrain": ("trainer",),
-    "spa3_vlm": ("vlm",),
-}
-
-#: Patch size of a family's published networks, where ``arch`` or the name of the weights says nothing else.
-PATCH_SIZE: Mapping[str, int] = {"dinov2": 14, "dinov3": 16, "radio": 16, "vggt_patches": 14, "qwen2_5_vl": 28}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,96 +316,6 @@ def _questions(name: str, sources: Mapping[str, SourceConfig]) -> Iterator[str]:
         yield f"{key}{named} Name the source that the questions are about; there are: {', '.join(scenes) or 'none'}"
 
 
-def _recipe(config: RunConfig) -> Iterator[str]:
-    quotas = config.recipe.quotas
-    if not sum(quotas.values()) > 0:
-        yield f"recipe.quotas={quotas} gives no kind of micro-batch a share; one must be above 0"
-    # Other recipes say in services/streams/inputs.py which encoders they read.
-    if config.recipe.name == "probe" and config.recipe.features not in config.encoders:
-        names = ", ".join(config.encoders) or "none"
-        yield (
-            f"recipe.features={config.recipe.features!r} names no encoder."
-            f"{nearest(config.recipe.features, config.encoders)} Encoders: {names}"
-        )
-    yield from view_sets(config)
-    roles = ROLES.get(config.recipe.name, ())
-    for role in roles:
-        if role not in config.cluster.roles:
-            yield f"cluster.roles has no {role!r}, which recipe {config.recipe.name} trains; add cluster.roles.{role}"
-    for role in config.cluster.roles:
-        if roles and role not in roles:
-            yield (
-                f"cluster.roles.{role}: recipe {config.recipe.name} has no such role.{nearest(role, roles)} "
-                f"Roles: {', '.join(roles)}"
-            )
-
-
-def _encoders(config: RunConfig) -> Iterator[str]:
-    for name, encoder in config.encoders.items():
-        path = f"encoders.{name}"
-        if encoder.family in IMAGE_FAMILIES:
-            yield from _layers(path, encoder)
-            yield from _patches(path, encoder)
-        if encoder.window and (len(encoder.window) != 2 or min(encoder.window) < 1):
-            yield f"{path}.window={encoder.window} must be [height,width], such as that of another encoder, or []"
-        elif encoder.window and encoder.family not in _HUGGING_FACE:
-            yield f"{path}.window={encoder.window} is for {', '.join(_HUGGING_FACE)}; {encoder.family} has none"
-        if not encoder.weights:
-            yield f"{path}.weights is empty: give random, a folder, or a hub name such as facebook/dinov2-small"
-        sizes = encoder.arch.keys() - OPTIONS.get(encoder.family, frozenset())
-        if encoder.weights != "random" and sizes and encoder.family not in RECORD_FAMILIES:
-            yield (
-                f"{path}.arch={encoder.arch} contradicts {path}.weights={encoder.weights}: weights come with their "
-                "architecture; remove arch, or set weights=random"
-            )
-        if encoder.family in RECORD_FAMILIES and not encoder.upstream:
-            yield f"{path}.upstream is empty: {encoder.family} reads the records of another encoder; name it"
-        if encoder.upstream and encoder.family not in RECORD_FAMILIES:
-            yield (
-                f"{path}.upstream={encoder.upstream!r} contradicts {path}.family={encoder.family}, which reads no "
-                f"records; families that do: {', '.join(RECORD_FAMILIES)}"
-            )
-        if encoder.upstream and encoder.upstream not in config.encoders:
-            yield (
-                f"{path}.upstream={encoder.upstream!r} names no encoder."
-                f"{nearest(encoder.upstream, config.encoders)} Encoders: {', '.join(config.encoders)}"
-            )
-        elif _is_circular(name, config.encoders):
-            yield f"{path}.upstream={encoder.upstream!r} reads, in the end, its own records; break the circle"
-
-
-def _layers(path: str, encoder: EncoderConfig) -> Iterator[str]:
-    layers = encoder.layers
-    if any(layer < 1 for layer in layers) or sorted(set(layers)) != layers:
-        yield f"{path}.layers={layers} must be increasing layer numbers counted from 1, each once"
-    depth = encoder.arch.get("num_hidden_layers")
-    if isinstance(depth, int) and layers and max(layers) > depth:
-        yield f"{path}.layers={layers} goes beyond the {depth} layers of {path}.arch.num_hidden_layers"
-
-
-def _patches(path: str, encoder: EncoderConfig) -> Iterator[str]:
-    patch = encoder.arch.get("patch_size", PATCH_SIZE.get(encoder.family))
-    if not isinstance(patch, int) or patch < 1:
-        return  # the size of the weights is checked when they are opened
-    for key, pixels in (("height", encoder.height), ("width", encoder.width)):
-        if pixels % patch:
-            below, above = pixels // patch * patch, (pixels // patch + 1) * patch
-            yield (
-                f"{path}.{key}={pixels} is not a multiple of the patch size {patch}; "
-                f"the nearest that are: {', '.join(str(n) for n in (below, above) if n)}"
-            )
-
-
-def _is_circular(name: str, encoders: Mapping[str, EncoderConfig]) -> bool:
-    seen, current = {name}, encoders[name].upstream
-    while current in encoders:
-        if current in seen:
-            return True
-        seen.add(current)
-        current = encoders[current].upstream
-    return False
-
-
 def _cache(config: RunConfig) -> Iterator[str]:
     cache = config.cache
     if cache.root and not cache.root.startswith("/"):
@@ -506,94 +391,14 @@ def _named(pattern: str, path: str) -> str:
     return ".".join([*path.split(".")[:2], *pattern.split(".")[2:]])
 
 
-def _bridge(config: RunConfig) -> Iterator[str]:
-    roles, transport = ROLES.get(config.recipe.name, ()), config.bridge.transport
-    if len(roles) < 2 or transport == "auto":
-        return
-    inline = config.cluster.mode == "inline"
-    if inline and transport != "local":
-        yield (
-            f"bridge.transport={transport} contradicts cluster.mode=inline, where the roles share one process; "
-            "set bridge.transport=auto, or choose cluster=local"
-        )
-    if not inline and transport == "local":
-        yield (
-            f"bridge.transport=local contradicts cluster.mode={config.cluster.mode}, where the roles "
-            f"{' and '.join(roles)} are in processes of their own; set bridge.transport=auto, or choose cluster=inline"
-        )
-
-
-def _cluster(config: RunConfig) -> Iterator[str]:
-    cluster = config.cluster
-    if cluster.mode == "attach" and not cluster.address:
-        yield "cluster.mode=attach needs cluster.address: ray://host:port, host:port, or auto inside a submitted job"
-    if cluster.mode != "attach" and cluster.address:
-        yield (
-            f"cluster.address={cluster.address!r} contradicts cluster.mode={cluster.mode}: "
-            "it is used with cluster=attach only"
-        )
-    if not cluster.nodes:
-        yield "cluster.nodes is empty: describe at least one kind of node, such as cluster.nodes.local.num_cpus=2"
-    gpus = [(f"cluster.roles.{name}.num_gpus", role.num_gpus) for name, role in cluster.roles.items()]
-    for path, value in [*gpus, ("service.num_gpus", config.service.num_gpus)]:
-        if value > 1 and value != int(value):
-            yield f"{path}={value} must be a whole number above 1: a fraction shares one GPU, it cannot span several"
-    for name, role in cluster.roles.items():
-        yield from _workers(f"cluster.roles.{name}.workers", role, config)
-
-
-def _workers(path: str, role: RoleConfig, config: RunConfig) -> Iterator[str]:
-    sizes, batch = role.workers, config.trainer.micro_batch
-    if len(sizes) not in (1, 2) or any(n < 1 for n in sizes) or sorted(sizes) != sizes:
-        yield f"{path}={sizes} must be [n], or [min,max] with 1 <= min <= max for an elastic group"
-        return
-    for size in sizes:
-        if batch % size:
-            divisors = [n for n in range(1, batch + 1) if batch % n == 0]
-            yield (
-                f"trainer.micro_batch={batch} cannot be divided among {size} workers ({path}={sizes}); "
-                f"sizes that divide it: {', '.join(map(str, divisors))}"
-            )
-    if sizes[-1] > 1 and config.cluster.mode == "inline":
-        yield f"{path}={sizes} contradicts cluster.mode=inline, which has one process; choose cluster=local"
-
-
-def _backends(config: RunConfig) -> Iterator[str]:
-    """What a backend cannot do, by role: each may have one of its own."""
-    for name in ROLES.get(config.recipe.name, ()):
-        given = config.roles.get(name, RoleOverrides())
-        key = f"roles.{name}.backend" if given.backend else "backend.name"
-        backend = given.backend or config.backend.name
-        sizes = config.cluster.roles[name].workers if name in config.cluster.roles else [1]
-        if backend == "single" and sizes and sizes[-1] > 1:
-            yield (
-                f"cluster.roles.{name}.workers={sizes} contradicts {key}=single, which has one worker; "
-                f"choose {key.removesuffix('.name')}=ddp"
-            )
-        offload, able = config.backend.offload, {"optimizer": ("zero2", "zero3"), "parameters": ("zero3",)}
-        if offload != "none" and backend not in able.get(offload, (backend,)):
-            yield (
-                f"backend.offload={offload} contradicts {key}={backend}: only {' and '.join(able[offload])} can; "
-                f"set it to none, or choose {key.removesuffix('.name')}={able[offload][-1]}"
-            )
-        ema = given.trainer.get("ema", config.trainer.ema)
-        if backend == "zero3" and ema:
-            yield (
-                f"trainer.ema={ema} contradicts {key}=zero3: no rank holds the weights that would be averaged; "
-                f"set it to 0, or choose {key.removesuffix('.name')}=zero2 or fsdp2"
-            )
-
-
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _run,
     _data,
     _leaks,
-    _recipe,
-    _encoders,
+    *RECIPE_RULES,
+    *ENCODER_RULES,
     _cache,
     _trainer,
     _roles,
-    _bridge,
-    _cluster,
-    _backends,
+    *CLUSTER_RULES,
 )

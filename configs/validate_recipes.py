@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+from configs.convert import nearest
 from configs.paths import RUN
-from configs.resolve import AUTO, OPTIONS, QK_NORM
 from configs.schema import RunConfig
 
 #: Values of single keys.
@@ -24,8 +24,21 @@ RECIPE_ALLOWED: Mapping[str, tuple[str, ...]] = {
 PREDICTED = ("geo", "sem", "clip")
 
 
-def view_sets(config: RunConfig) -> Iterator[str]:
-    """What ``recipe.view_set`` breaks, and what the recipes that draw by it need."""
+def _recipe(config: RunConfig) -> Iterator[str]:
+    quotas = config.recipe.quotas
+    if not sum(quotas.values()) > 0:
+        yield f"recipe.quotas={quotas} gives no kind of micro-batch a share; one must be above 0"
+    # Other recipes say in services/streams/inputs.py which encoders they read.
+    if config.recipe.name == "probe" and config.recipe.features not in config.encoders:
+        names = ", ".join(config.encoders) or "none"
+        yield (
+            f"recipe.features={config.recipe.features!r} names no encoder."
+            f"{nearest(config.recipe.features, config.encoders)} Encoders: {names}"
+        )
+
+
+def _view_sets(config: RunConfig) -> Iterator[str]:
+    """What ``recipe.view_set`` breaks, and the intervals of sources that take its place."""
     sets = config.recipe.view_set
     ranges = {"views": sets.views, "interval": sets.interval}
     for key, ends in ranges.items():
@@ -40,22 +53,11 @@ def view_sets(config: RunConfig) -> Iterator[str]:
             f"recipe.view_set.scheme={sets.scheme} has no plans_per_scene and no partitions; "
             "set recipe.view_set.scheme=walks"
         )
-    yield from _qk_norms(config)
-    if config.recipe.name == "spa3r_pretrain":
-        yield from _spa3r(config)
-    if config.recipe.name == "spa3_vlm":
-        yield from _spa3_vlm(config)
-
-
-def _qk_norms(config: RunConfig) -> Iterator[str]:
-    wanted = config.recipe.spa3r.qk_norm_global
-    for name, encoder in config.encoders.items():
-        own = encoder.arch.get(QK_NORM, wanted) if QK_NORM in OPTIONS.get(encoder.family, ()) else wanted
-        if wanted not in (AUTO, own):
-            yield (f"encoders.{name}.arch.{QK_NORM}={own} contradicts recipe.spa3r.qk_norm_global={wanted}; set one")
 
 
 def _spa3r(config: RunConfig) -> Iterator[str]:
+    if config.recipe.name != "spa3r_pretrain":
+        return
     sets, spa3r = config.recipe.view_set, config.recipe.spa3r
     if sets.scheme != "walks":
         yield f"recipe.view_set.scheme={sets.scheme}: recipe spa3r_pretrain needs walks, whose view 0 is context"
@@ -77,11 +79,11 @@ def _spa3r(config: RunConfig) -> Iterator[str]:
 
 
 def _spa3_vlm(config: RunConfig) -> Iterator[str]:
+    if config.recipe.name != "spa3_vlm":
+        return
     baseline = config.recipe.spa3_vlm.baseline
     if baseline not in ("train", "off") and not (baseline.startswith(RUN) and baseline != RUN and "/" not in baseline):
         yield f"recipe.spa3_vlm.baseline={baseline!r} must be train, off, or run:NAME of a run without geometry"
-    for name, encoder in config.encoders.items():
-        if encoder.side and encoder.family != "qwen2_5_vl":
-            yield f"encoders.{name}.side={encoder.side}: pictures of any shape are for qwen2_5_vl, not {encoder.family}"
-        if encoder.side % 14:
-            yield f"encoders.{name}.side={encoder.side} must be a multiple of 14, or 0"
+
+
+RECIPE_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_recipe, _view_sets, _spa3r, _spa3_vlm)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from configs import ConfigError
+from configs.roles import ROLES
 from configs.schema import RunConfig
-from configs.validate import ROLES
 from models.registry import spec
 from models.spec import EdgeSpec, RoleSpec, TensorSpec
 from services.contracts import PlanSample, Split

@@ -19,9 +19,8 @@ from actors.bridge.rendezvous import Rendezvous, connect
 from actors.trainers import refusal
 from actors.trainers.joint import next_generation
 from actors.trainers.lives import Meeting, Outcomes, live, root_cause, together
-from configs.roles import role_config
+from configs.roles import ROLES, role_config
 from configs.schema import RoleConfig, RunConfig
-from configs.validate import ROLES
 from services.errors import USER_ERRORS, PeerLostError, PlacementError, ServiceError
 from services.runtime import cluster, supervise
 from services.runtime.placement import largest_sizes, nodes_from_ray

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from configs import ConfigError, RunConfig
-from configs.validate import ROLES
+from configs.roles import ROLES
 
 ALL, CONTEXT, TARGET = "all", "context", "target"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors import driver
-from configs.validate import ROLES
+from configs.roles import ROLES
 from tests.support.spa3_ranks import losses, spa3_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

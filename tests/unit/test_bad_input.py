@@ -86,7 +86,24 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["data.sources.more.format=colmap"], ["data.sources.more.root is empty", "colmap"]),
     (["cluster.roles.trainer.workers=[3]"], ["trainer.micro_batch=8", "3 workers", "1, 2, 4, 8"]),
     (["cluster.roles.trainer.workers=[4,2]"], ["workers=[4, 2]", "[min,max]"]),
-    (["cluster.roles.trainer.workers=[2,3]"], ["3 workers", "[2, 3]"]),
+    (
+        ["cluster.roles.trainer.workers=[2,3]"],
+        [
+            "trainer.workers=[2, 3]",
+            "3 cannot share trainer.micro_batch=8",
+            "trainer.micro_batch to 6 or 12",
+            "set cluster.roles.trainer.workers to [1, 2] or [4] or [8]",
+        ],
+    ),
+    (
+        ["cluster.roles.trainer.workers=[1,8]"],
+        ["3, 5, 6, 7 cannot share", "set cluster.roles.trainer.workers to [1, 2]"],
+    ),
+    (["cluster.roles.trainer.workers=[1,99]"], ["3, 5, 6, 7, 9, 10, 11, 12 and others cannot share"]),
+    (
+        ["recipe=spa3_vlm", "trainer.micro_batch=4", "cluster.roles.vlm.workers=[1,3]"],
+        ["roles.vlm.workers=[1, 3]", "to 6"],
+    ),
     (["cluster.roles.trainer.workers=[2]", "cluster=inline"], ["workers=[2] contradicts cluster.mode=inline"]),
     (["cluster.roles.trainer.workers=[2]", "backend=single"], ["contradicts backend.name=single", "backend=ddp"]),
     (["backend=zero3", "trainer.ema=0.9"], ["trainer.ema=0.9 contradicts backend.name=zero3", "backend=zero2"]),

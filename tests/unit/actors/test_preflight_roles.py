@@ -25,8 +25,9 @@ from actors.preflight.render import render
 from actors.preflight.sizes import data_sizes
 from actors.preflight.trained import how_to_train
 from actors.trainers.recompute import checkpoint_activations
+from configs.roles import ROLES
 from configs.schema import BackendConfig, RunConfig
-from configs.validate import RECIPES, ROLES
+from configs.validate import RECIPES
 from models.pretrained import save_pretrained
 from models.registry import spec
 from models.spec import RoleSpec, TensorSpec

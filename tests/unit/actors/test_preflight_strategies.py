@@ -20,8 +20,8 @@ from actors.preflight.render import render
 from actors.preflight.roles import Traced, trace_roles
 from actors.preflight.strategies import BACKENDS, METHODS
 from actors.trainers.tensors import bucket_elements
+from configs.roles import ROLES
 from configs.schema import RunConfig
-from configs.validate import ROLES
 from services.runtime import placement
 
 N = 8

@@ -36,6 +36,10 @@ JOINT = "recipe=uniugg_joint"
         (["bridge.transport=local"], ["bridge.transport=local contradicts cluster.mode=local", "llm and diffusion"]),
         (["bridge.transport=group", "cluster=inline"], ["bridge.transport=group contradicts cluster.mode=inline"]),
         (["cluster.roles.trainer.workers=[1]"], ["cluster.roles.trainer", "no such role"]),
+        (
+            ["trainer.micro_batch=4", "cluster.roles.llm.workers=[3,4]"],
+            ["trainer.micro_batch=4", "3 workers (cluster.roles.llm.workers=[3, 4])", "1, 2, 4"],
+        ),
     ],
 )
 def test_what_a_role_cannot_have_is_refused(overrides: list[str], words: list[str]) -> None:
@@ -69,3 +73,15 @@ def test_transports_do_not_concern_a_run_of_one_role() -> None:
 
 def test_what_roles_share_are_settings_of_the_trainer() -> None:
     assert {*SHARED_TRAINER} < {*TrainerConfig.__dataclass_fields__}
+
+
+def test_ranges_of_workers() -> None:
+    """Ray Train may choose every number for one role; of several the driver chooses sizes that divide."""
+    even = configs.load(["trainer.micro_batch=12", "cluster.roles.trainer.workers=[1,4]"])
+    assert even.cluster.roles["trainer"].workers == [1, 4]
+    joint = configs.load([JOINT, "trainer.micro_batch=4", "cluster.roles.llm.workers=[1,3]", "backend=ddp"])
+    assert joint.cluster.roles["llm"].workers == [1, 3]
+    with pytest.raises(
+        configs.ConfigError, match=r"workers=\[1, 40\]: .* evenly; set cluster.roles.trainer.workers to"
+    ):
+        configs.load(["cluster.roles.trainer.workers=[1,40]"])  # no micro_batch anywhere near has all those divisors
