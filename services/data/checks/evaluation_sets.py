@@ -145,7 +145,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     text = _text(path)
     try:
         if path.suffix == ".jsonl":
-            return [a_dict(json.loads(line), str(path)) for line in text.splitlines() if line.strip()]
+            return [a_dict(json.loads(line), str(path)) for line in text.split("\n") if line.strip()]
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: broken JSON ({error})") from error

@@ -11,13 +11,14 @@ from typing import Any
 from models.text.template import IMAGE_MARK
 from services.contracts import ImageRef, Turn
 from services.data.frames import choose_frames, spread_frames
-from services.data.images import IMAGE_SUFFIXES
+from services.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from services.data.readers.base import Notes, frame_order
 from services.errors import ConfigError, DataError
 
 VIDEO_MARK = "<video>"
 """What conversation files write where a video stands; some write the mark of an image instead."""
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm"})
+FILMS = VIDEO_SUFFIXES | {".gif"}
+"""Suffixes of files that stand for a video where one is named; elsewhere a GIF is a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Videos:
             return tuple(ImageRef(path=str(files[frame])) for frame in self._chosen(len(files), self.folder_fps))
         if not path.is_file():
             raise DataError(f"{path}: there is no such video ({where}); options.images names the folder of the media")
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            raise DataError(f"{path}: is no video ({where}); known are {', '.join(sorted(VIDEO_SUFFIXES))} and folders")
+        if path.suffix.lower() not in FILMS:
+            raise DataError(f"{path}: is no video ({where}); known are {', '.join(sorted(FILMS))} and folders")
         from services.data.videos import frame_rate, frame_times
 
         total, fps = len(frame_times(path)), frame_rate(path)

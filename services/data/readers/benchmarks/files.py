@@ -233,7 +233,8 @@ def picture_files(folders: Sequence[Path], names: Sequence[str], where: str) -> 
 def json_lines(path: Path, shared: Notes) -> list[tuple[Row, str]]:
     """The objects of a file of JSON lines, each with where it stands. DataError names a line that is none."""
     found: list[tuple[Row, str]] = []
-    for number, line in enumerate(shared.text(path).splitlines(), start=1):
+    # By line breaks alone: splitlines also cuts at U+2028 and the like, which JSON allows within a text.
+    for number, line in enumerate(shared.text(path).split("\n"), start=1):
         where = f"{path}: line {number}"
         if line.strip():
             try:

@@ -70,7 +70,7 @@ def protocol(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(options: Mapping[str, Any], name: str, *, least: int) -> int:
     value = options[name]
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"options.{name}={value!r} must be a whole number of at least {least}")
     return value
 

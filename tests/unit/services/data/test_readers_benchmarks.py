@@ -118,6 +118,16 @@ def test_vsibench(tmp_path: Path, form: str) -> None:
     assert scores == {"object_counting": pytest.approx(0.6), "object_rel_distance": 1.0}
 
 
+def test_a_line_ends_where_the_file_breaks_it_and_not_at_other_separators(tmp_path: Path) -> None:
+    odd = VSI[1] | {"question": "Which of these\u2028is closest\x85to the door?"}
+    write_video(tmp_path / "scannet/scene0011_00.mp4", [np.zeros((16, 16, 3), np.uint8)])
+    text = json.dumps(VSI[0], ensure_ascii=False) + "\r\n" + json.dumps(odd, ensure_ascii=False) + "\n"
+    (tmp_path / "test.jsonl").write_text(text, encoding="utf-8", newline="")
+    reader = benchmark(tmp_path, "vsibench")
+    assert reader.list_ids() == ["0", "1"]
+    assert "Which of these\u2028is closest" in item(reader, "1").turns[0].text
+
+
 @pytest.mark.parametrize("truth", ["0", "-1", "many", "inf"])
 def test_vsibench_leaves_out_a_number_without_a_relative_error(tmp_path: Path, truth: str) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps(VSI[0] | {"ground_truth": truth}))
@@ -563,5 +573,7 @@ def test_names_and_numbers_of_options(tmp_path: Path) -> None:
         benchmark(tmp_path, "blnk").list_ids()
     with pytest.raises(ConfigError, match=r"options\.frames=0 must be a whole number of at least 1"):
         benchmark(tmp_path, "blink", frames=0).list_ids()
+    with pytest.raises(ConfigError, match=r"options\.frames=True must be a whole number of at least 1"):
+        benchmark(tmp_path, "blink", frames=True).list_ids()
     with pytest.raises(DataError, match=r"no benchmark scenes or items below it \(blink: expected <Task>/val"):
         benchmark(tmp_path, "blink").list_ids()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.schema import ChecksConfig, SourceConfig, TextConfig
 from services.contracts import Item, Split, Turn
@@ -71,6 +72,22 @@ def test_frames_of_a_video_file_stand_in_the_place_of_its_mark(tmp_path: Path, n
     assert marked.turns == (Turn(role="user", text="<image>" * 5 + "How many?"), Turn(role="assistant", text="four"))
     assert unmarked.turns[0].text == "How many?"
     assert (published.tokens, marked.tokens, marked.label) == (0, 1300, "3d")
+
+
+def test_a_moving_gif_is_a_video_where_one_is_named_and_a_picture_elsewhere(tmp_path: Path) -> None:
+    shown = [Image.fromarray(np.full((16, 16, 3), 30 * n, np.uint8)) for n in range(6)]
+    shown[0].save(tmp_path / "walk.gif", save_all=True, append_images=shown[1:], duration=500)
+    film(tmp_path / "walk.mp4", 6, fps=2)
+    (tmp_path / "walk.m4v").write_bytes((tmp_path / "walk.mp4").read_bytes())
+    records = [asks("<video>What?", video=f"walk.{kind}") for kind in ("gif", "m4v")]
+    reader = corpus(write(tmp_path / "a.json", [*records, asks("<image>What?", image="walk.gif")]))
+    for name, step in (("0", 30), ("1", 5)):  # three seconds: the least number of frames
+        images = item(reader, name).images
+        assert [ref.frame for ref in images] == [0, 1, 3, 5]
+        seen = [int(load_image(ref)[8, 8, 0]) for ref in images]
+        assert seen == pytest.approx([0, step, 3 * step, 5 * step], abs=3)
+    (picture,) = item(reader, "2").images
+    assert picture.frame is None
 
 
 def test_a_folder_of_frames_is_a_video_at_one_frame_a_second(tmp_path: Path) -> None:
