@@ -99,7 +99,7 @@ def check(run: Path) -> list[str]:
     faults += [
         f"{run.name}: {name} is {metrics[name]['value']:.4g}, untrained {untrained(metrics[name]):.4g}"
         for name in losses
-        if not better(metrics[name])
+        if untrained(metrics[name]) is not None and not better(metrics[name])
     ]
     if not any(better(row) for name, row in metrics.items() if name not in losses):
         faults.append(f"{run.name}: no metric beats the untrained network")
