@@ -18,8 +18,8 @@ from services.errors import ConfigError, DataError
 from services.features.requests import encoder_config, feature_requests
 from services.streams.inputs import ALL, ITEM_KINDS, behind, kind_inputs, wanted_features
 from services.streams.requests import column_requests, reads_one_by_one
+from services.streams.sampler import Sampler, Unit
 from services.streams.sampling import sample_id, sampler
-from services.streams.view_walks import WalkSampler
 
 KIND = "view_set"
 
@@ -53,7 +53,7 @@ def set_requests(
     DataError for a set that there is not.
     """
     made = sampler(KIND, config, source=source)
-    if not isinstance(made, WalkSampler) or not made.planned or not config.recipe.view_set.partitions:
+    if not made.planned or not config.recipe.view_set.partitions:
         raise ConfigError(
             f"encoder {encoder!r} reads view sets, which are drawn while a run goes on: they are cached by running, or "
             "planned with recipe.view_set.scheme=walks, plans_per_scene and partitions of 1 or more"
@@ -86,11 +86,11 @@ def item_requests(
     """
     found: dict[bytes, FeatureRequest] = {}
     for kind, plain in _item_kinds(encoder, config):
-        made: Any = sampler(kind, config, source=source)
+        made = sampler(kind, config, source=source)
         for entry in manifest.entries:
             if not made.units(entry) or not entry.n_views or (splits and str(entry.split) not in splits):
                 continue
-            views = made.draw(entry.n_views, 0, np.random.default_rng(0)).views
+            views = made.draw(Unit(n_views=entry.n_views, item=entry.id), np.random.default_rng(0)).views
             if plain:
                 views = tuple(dataclasses.replace(view, role=Role.CONTEXT) for view in views)
             name = sample_id(source, entry.id, kind, 0)
@@ -115,7 +115,7 @@ def _item_kinds(encoder: str, config: RunConfig) -> list[tuple[str, bool]]:
 
 
 def _samples(
-    made: WalkSampler, source: str, manifest: Any, splits: Sequence[str], item: str, unit: int | None
+    made: Sampler, source: str, manifest: Any, splits: Sequence[str], item: str, unit: int | None
 ) -> list[PlanSample]:
     samples = []
     for entry in manifest.entries:
@@ -124,8 +124,7 @@ def _samples(
         for number in range(made.units(entry)):
             if unit is not None and number != unit:
                 continue
-            for partition in range(made.config.partitions):
-                drawn = made.planned_set(entry.n_views, number, partition, entry.id)
+            for drawn in made.every_draw(Unit(n_views=entry.n_views, number=number, item=entry.id)):
                 name = sample_id(source, entry.id, KIND, number)
                 samples.append(PlanSample(id=name, source=source, item=entry.id, kind=KIND, views=drawn.views, seed=0))
     return samples

@@ -16,15 +16,15 @@ import numpy as np
 
 from services.contracts import Role, ViewRole
 from services.streams.permutation import key64
+from services.streams.sampler import Draw, EntryLike, Sampler, Unit
 
 if TYPE_CHECKING:
     from services.data.rows import Entry
-    from services.streams.sampling import Draw, EntryLike
 
 KIND = "conversation"
 
 
-class PackSampler:
+class PackSampler(Sampler):
     """Conversations of one source, at most ``size`` of a group a sample.
 
     Args:
@@ -56,20 +56,11 @@ class PackSampler:
         parts = np.array_split(order, -(-len(ids) // self.size))
         return tuple(ids[place] for place in parts[unit].tolist())
 
-    def draw(
-        self,
-        n_views: int,
-        unit: int,
-        random: np.random.Generator,  # noqa: ARG002
-        broken: frozenset[int] = frozenset(),  # noqa: ARG002
-        item: str = "",
-        turn: int | None = None,
-    ) -> Draw:
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:  # noqa: ARG002
         """All pictures in order; ``questions`` are the ids of the pack's conversations."""
-        from services.streams.sampling import Draw
-
-        views = tuple(ViewRole(index=index, role=Role.CONTEXT) for index in range(n_views))
-        return Draw(views=views, questions=self.members(item, unit, turn))
+        views = tuple(ViewRole(index=index, role=Role.CONTEXT) for index in range(unit.n_views))
+        questions = self.members(unit.item, unit.number, unit.turn)
+        return Draw(views=views, questions=questions, item=questions[0])
 
 
 def picture_groups(entries: Iterable[Entry], source: str, quarantine: frozenset[str]) -> dict[str, tuple[str, ...]]:

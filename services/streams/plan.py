@@ -37,8 +37,8 @@ from services.errors import DataError
 from services.streams.packs import KIND as PACKED
 from services.streams.packs import PackSampler, picture_groups
 from services.streams.permutation import Permutation, key64, largest_remainder
-from services.streams.sampling import PAIR_KINDS, Pool, Sampler, needs_pairs, sample_id, sampler
-from services.streams.view_walks import WalkSampler
+from services.streams.sampler import Sampler, Unit
+from services.streams.sampling import PAIR_KINDS, Pool, needs_pairs, sample_id, sampler
 
 if TYPE_CHECKING:
     from services.data.pairs import PairIndex
@@ -386,10 +386,8 @@ class EpochPlan:
 
     def _drawn_size(self, plan: _KindPlan, epoch: int, number: int) -> int:
         """Views of the sets of a micro-batch where they are not planned; 0 for kinds of another sampler."""
-        one = next(iter(plan.samplers.values()))
-        if not isinstance(one, WalkSampler):
-            return 0
-        return one.sizes[key64("views", self.seed, epoch, plan.name, number) % len(one.sizes)]
+        sizes = next(iter(plan.samplers.values())).sizes
+        return sizes[key64("views", self.seed, epoch, plan.name, number) % len(sizes)] if sizes else 0
 
     def _units(self, part: _Part, source: str, epoch: int, local: np.ndarray) -> np.ndarray:
         """Unit positions of the ``local``-th draws of a source in an epoch.
@@ -421,17 +419,17 @@ class EpochPlan:
         entry, unit = pool.locate(position)
         item = pool.ids[entry].as_py()
         seed = key64("sample", self.seed, epoch, plan.name, source, item, unit) >> 1
-        random = np.random.default_rng(seed)
-        broken = pool.broken.get(entry, frozenset())
-        made, n_views = plan.samplers[source], int(pool.n_views[entry])
-        if isinstance(made, WalkSampler):
-            draw = made.draw(n_views, unit, random, broken, item, size)
-        elif isinstance(made, PackSampler):
-            turn = None if self.complete else self._turn(part, source, epoch)[0]
-            draw = made.draw(n_views, unit, random, broken, item, turn)
-            item, unit = draw.questions[0], 0
-        else:
-            draw = made.draw(n_views, unit, random, broken, item)
+        drawn = Unit(
+            n_views=int(pool.n_views[entry]),
+            number=unit,
+            item=item,
+            broken=pool.broken.get(entry, frozenset()),
+            size=size,
+            turn=None if self.complete else self._turn(part, source, epoch)[0],
+        )
+        draw = plan.samplers[source].draw(drawn, np.random.default_rng(seed))
+        if draw.item:
+            item, unit = draw.item, 0
         return PlanSample(
             id=sample_id(source, item, plan.name, unit),
             source=source,
@@ -470,7 +468,7 @@ def _sampler(kind: str, config: RunConfig, source: str, indices: Mapping[str, Pa
 def _sizes(samplers: Iterable[Sampler]) -> Sequence[int]:
     """The numbers of views that divide a kind into parts; (0,) for a kind that is not divided."""
     made = next(iter(samplers), None)
-    return made.sizes if isinstance(made, WalkSampler) and made.planned else (0,)
+    return made.sizes if made is not None and made.planned else (0,)
 
 
 def _too_short(samplers: Mapping[str, Sampler]) -> list[str]:
@@ -478,7 +476,7 @@ def _too_short(samplers: Mapping[str, Sampler]) -> list[str]:
     return [
         f"{name}: a scene needs at least {made.sizes[-1]} views, the largest set of recipe.view_set.views"
         for name, made in samplers.items()
-        if isinstance(made, WalkSampler)
+        if made.sizes
     ]
 
 

@@ -1,17 +1,13 @@
 """Kinds of sample: what the units of a source are for each kind, and how a unit becomes views with roles.
 
 A *kind* is registered once, in :data:`SAMPLERS`, or in :data:`PAIR_KINDS` where it is drawn from a source's
-co-visibility index (:mod:`services.data.pairs`). Its sampler says how many units an entry of a manifest has and
-makes the content of a unit. A unit is what an epoch draws at most once; two units of a kind never have the same
-(item, views). Everything is a pure function of the entry, the unit and the generator that it is given.
+co-visibility index (:mod:`services.data.pairs`), with a :class:`services.streams.sampler.Sampler`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,52 +15,11 @@ import pyarrow as pa
 from configs import ConfigError, RunConfig
 from configs.schema import ViewSetConfig
 from services.contracts import Role, ViewRole
-from services.streams.conversations import ConversationSampler
+from services.streams.sampler import Draw, EntryLike, Sampler, Unit
 from services.streams.view_walks import WalkSampler
 
-_NONE: frozenset[int] = frozenset()
 
-
-class EntryLike(Protocol):
-    """What a sampler reads of an entry of a manifest."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def n_views(self) -> int: ...  # noqa: D102
-    @property
-    def length(self) -> int: ...  # noqa: D102
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """The content of one unit."""
-
-    views: tuple[ViewRole, ...] = ()
-    questions: tuple[str, ...] = ()
-
-
-class Sampler(Protocol):
-    """Units of an entry, and what a unit is made of."""
-
-    def units(self, entry: EntryLike) -> int:
-        """How many units the entry has; 0 where this kind cannot be made of it."""
-        ...
-
-    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:
-        """Units that cannot be made without one of the views ``broken``."""
-        ...
-
-    def draw(
-        self, n_views: int, unit: int, random: np.random.Generator, broken: frozenset[int] = _NONE, item: str = ""
-    ) -> Draw:
-        """The content of unit ``unit`` of the entry ``item`` with ``n_views`` views, without those in ``broken``."""
-        ...
-
-
-class ViewSampler:
+class ViewSampler(Sampler):
     """One view of a scene a sample; the unit is the index of the view."""
 
     def units(self, entry: EntryLike) -> int:  # noqa: D102
@@ -73,19 +28,12 @@ class ViewSampler:
     def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: ARG002, D102
         return broken
 
-    def draw(  # noqa: D102
-        self,
-        n_views: int,  # noqa: ARG002
-        unit: int,
-        random: np.random.Generator,  # noqa: ARG002
-        broken: frozenset[int] = _NONE,  # noqa: ARG002
-        item: str = "",  # noqa: ARG002
-    ) -> Draw:
-        return Draw(views=(ViewRole(index=unit),))
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:  # noqa: ARG002, D102
+        return Draw(views=(ViewRole(index=unit.number),))
 
 
-class ItemSampler:
-    """An image or a conversation that is no scene; one unit an item."""
+class ItemSampler(Sampler):
+    """An image or a conversation that is no scene, all of its images as context; one unit an item."""
 
     def units(self, entry: EntryLike) -> int:  # noqa: D102
         return 1 if entry.kind == "item" else 0
@@ -93,18 +41,18 @@ class ItemSampler:
     def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: D102
         return () if broken.isdisjoint(range(entry.n_views)) else (0,)
 
-    def draw(  # noqa: D102
-        self,
-        n_views: int,
-        unit: int,  # noqa: ARG002
-        random: np.random.Generator,  # noqa: ARG002
-        broken: frozenset[int] = _NONE,  # noqa: ARG002
-        item: str = "",  # noqa: ARG002
-    ) -> Draw:
-        return Draw(views=tuple(ViewRole(index=index) for index in range(n_views)))
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:  # noqa: ARG002, D102
+        return Draw(views=tuple(ViewRole(index=index) for index in range(unit.n_views)))
 
 
-class ViewSetSampler:
+class ConversationSampler(ItemSampler):
+    """An item with text (ingest states its length), and any number of images."""
+
+    def units(self, entry: EntryLike) -> int:  # noqa: D102
+        return super().units(entry) if entry.length > 0 else 0
+
+
+class ViewSetSampler(Sampler):
     """Ordered views of a scene at a constant frame interval, some of them targets.
 
     Unit u covers the first frames [u * stride, (u + 1) * stride): the set starts at one of them. Ranges of first
@@ -138,24 +86,18 @@ class ViewSetSampler:
     def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> Iterable[int]:  # noqa: D102
         return [unit for unit in range(self.units(entry)) if not self._without(entry.n_views, unit, broken)]
 
-    def draw(
-        self,
-        n_views: int,
-        unit: int,
-        random: np.random.Generator,
-        broken: frozenset[int] = _NONE,
-        item: str = "",  # noqa: ARG002
-    ) -> Draw:
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:
         """Size, interval, first frame and targets are drawn among those that fit into the scene.
 
         A set that would hold a broken view is drawn again, from all sets of the unit that hold none.
         """
-        start = _one_of(self._firsts(n_views, unit), random)
+        n_views, broken = unit.n_views, unit.broken
+        start = _one_of(self._firsts(n_views, unit.number), random)
         size = _one_of(self._sizes(n_views, start), random)
         step = _one_of(self._steps(n_views, start, size), random)
         frames = range(start, start + size * step, step)
         if not broken.isdisjoint(frames):
-            sound = self._without(n_views, unit, broken)
+            sound = self._without(n_views, unit.number, broken)
             frames = sound[int(random.integers(len(sound)))]
         targets = set(random.choice(len(frames), self._targets(len(frames)), replace=False).tolist())
         roles = (Role.TARGET if place in targets else Role.CONTEXT for place in range(len(frames)))
@@ -192,7 +134,7 @@ class ViewSetSampler:
         return min(size - 1, max(1, round(size * self.config.target_ratio)))
 
 
-class PairSampler:
+class PairSampler(Sampler):
     """Two views of a scene that see the same things; the unit is the number of the pair in the scene's list.
 
     Args:
@@ -218,16 +160,9 @@ class PairSampler:
         gone = np.flatnonzero(np.isin(views, list(broken)).any(axis=1))
         return (self.orders * gone[:, None] + np.arange(self.orders)).ravel().tolist()
 
-    def draw(  # noqa: D102
-        self,
-        n_views: int,  # noqa: ARG002
-        unit: int,
-        random: np.random.Generator,  # noqa: ARG002
-        broken: frozenset[int] = _NONE,  # noqa: ARG002
-        item: str = "",
-    ) -> Draw:
-        number, swapped = divmod(unit, self.orders)
-        first, second = self._views[self._begin[item] + number].tolist()
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:  # noqa: ARG002, D102
+        number, swapped = divmod(unit.number, self.orders)
+        first, second = self._views[self._begin[unit.item] + number].tolist()
         if self.orders == 1:
             return Draw(views=(ViewRole(index=first), ViewRole(index=second)))
         context, target = (second, first) if swapped else (first, second)
@@ -331,7 +266,7 @@ class Pool:
             if entry.id in views:
                 broken[len(ids)] = views[entry.id]
                 gone.update(sampler.spoiled(entry, views[entry.id]))
-            if size and isinstance(sampler, WalkSampler):
+            if size:
                 gone.update(unit for unit in range(units) if sampler.size_of(entry.id, unit) != size)
             removed += [begin + unit for unit in gone if unit < units]
             ids.append(entry.id)

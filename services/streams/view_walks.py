@@ -12,7 +12,6 @@ epoch walks anew.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,12 +19,10 @@ from configs import ConfigError
 from configs.schema import ViewSetConfig
 from services.contracts import Role, ViewRole
 from services.streams.permutation import key64
-
-if TYPE_CHECKING:
-    from services.streams.sampling import Draw, EntryLike
+from services.streams.sampler import Draw, EntryLike, Sampler, Unit
 
 
-class WalkSampler:
+class WalkSampler(Sampler):
     """View sets of one source, whose ``interval`` (from, to), in frames, takes the place of the recipe's."""
 
     def __init__(self, config: ViewSetConfig, source: str = "", interval: Sequence[int] = ()) -> None:
@@ -37,6 +34,7 @@ class WalkSampler:
                 f"recipe.view_set.views is {list(config.views)}; two numbers [from, to], 1 <= from <= to, are allowed"
             )
         self.sizes = range(least, most + 1)
+        self.planned = config.plans_per_scene > 0
         if self.contexts(least) < 1 or (config.target_ratio > 0 and least < 2):
             raise ConfigError(
                 f"recipe.view_set.views is {list(config.views)} with target_ratio {config.target_ratio}: a set of "
@@ -50,11 +48,6 @@ class WalkSampler:
             key = f"data.sources.{self.source}.interval" if own else "recipe.view_set.interval"
             raise ConfigError(f"{key} is {list(ends)}; two numbers [from, to], 1 <= from <= to, are allowed")
         return ends[0], ends[1]
-
-    @property
-    def planned(self) -> bool:
-        """Whether a scene has a fixed number of sets."""
-        return self.config.plans_per_scene > 0
 
     def contexts(self, size: int) -> int:
         """Context views of a set of ``size`` views, view 0 among them."""
@@ -77,33 +70,27 @@ class WalkSampler:
         """All units where too few sound views are left; else none, since walks go around the broken ones."""
         return range(self.units(entry)) if entry.n_views - len(broken) < self.sizes[-1] else ()
 
-    def draw(
-        self,
-        n_views: int,
-        unit: int,
-        random: np.random.Generator,
-        broken: frozenset[int] = frozenset(),
-        item: str = "",
-        size: int = 0,
-    ) -> Draw:
-        """The views of a set in increasing time. ``size`` is the number of views of a set that is not planned.
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:
+        """The views of a set in increasing time.
 
         ``random`` is of the epoch: it draws a whole set where none are planned, and the partition of a planned one.
         """
         if not self.planned:
-            return self._set(self._frames(n_views, size or self.sizes[-1], random, broken), random)
-        frames = self._planned(n_views, unit, broken, item)
-        partition = int(random.integers(self.config.partitions)) if self.config.partitions else None
-        return self._set(frames, random if partition is None else self._random("partition", item, unit, partition))
+            return self._set(self._frames(unit.n_views, unit.size or self.sizes[-1], random, unit.broken), random)
+        if not self.config.partitions:
+            return self._set(self._planned(unit), random)
+        return self._partition(unit, int(random.integers(self.config.partitions)))
 
-    def planned_set(
-        self, n_views: int, unit: int, partition: int, item: str, broken: frozenset[int] = frozenset()
-    ) -> Draw:
-        """Set ``unit`` of a scene in one of its partitions: what :meth:`draw` chooses among."""
-        return self._set(self._planned(n_views, unit, broken, item), self._random("partition", item, unit, partition))
+    def every_draw(self, unit: Unit) -> Sequence[Draw]:
+        """A planned set in each of its partitions; () where sets or partitions are drawn anew in every epoch."""
+        return [self._partition(unit, number) for number in range(self.config.partitions if self.planned else 0)]
 
-    def _planned(self, n_views: int, unit: int, broken: frozenset[int], item: str) -> list[int]:
-        return self._frames(n_views, self.size_of(item, unit), self._random("frames", item, unit), broken)
+    def _partition(self, unit: Unit, number: int) -> Draw:
+        return self._set(self._planned(unit), self._random("partition", unit.item, unit.number, number))
+
+    def _planned(self, unit: Unit) -> list[int]:
+        size = self.size_of(unit.item, unit.number)
+        return self._frames(unit.n_views, size, self._random("frames", unit.item, unit.number), unit.broken)
 
     def _random(self, what: str, *of: object) -> np.random.Generator:
         return np.random.default_rng(key64("view set", self.config.seed, self.source, what, *of))
@@ -123,8 +110,6 @@ class WalkSampler:
         return [sound[place] for place in places]
 
     def _set(self, frames: list[int], random: np.random.Generator) -> Draw:
-        from services.streams.sampling import Draw
-
         kept = 1 + random.choice(len(frames) - 1, self.contexts(len(frames)) - 1, replace=False)
         context = {0, *kept.tolist()}
         roles = (Role.CONTEXT if place in context else Role.TARGET for place in range(len(frames)))

@@ -24,6 +24,7 @@ from services.contracts import Role, Split
 from services.errors import DataError
 from services.streams.permutation import Permutation, largest_remainder
 from services.streams.plan import EpochPlan, check_world_size, generator, micro_batch_kinds
+from services.streams.sampler import Unit
 from services.streams.sampling import ViewSetSampler
 from tests.unit.services.streams.small_plan import Entry, Source
 
@@ -304,7 +305,7 @@ def test_view_sets_fit_their_scene_and_differ(
         ViewSetConfig(views=[least, least + more], interval=[low, low + wider], stride=stride, target_ratio=ratio)
     )
     units = sampler.units(Entry("a", n_views))
-    sets = [sampler.draw(n_views, unit, np.random.default_rng(unit)) for unit in range(units)]
+    sets = [sampler.draw(Unit(n_views=n_views, number=unit), np.random.default_rng(unit)) for unit in range(units)]
     for drawn in sets:
         index = [view.index for view in drawn.views]
         assert least <= len(index) <= least + more

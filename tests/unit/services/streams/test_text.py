@@ -12,6 +12,7 @@ from configs.schema import DataConfig, RunConfig, TextConfig
 from models.errors import ModelError
 from services.contracts import ImageRef, Item, Role, Turn
 from services.errors import DataError
+from services.streams.sampler import Unit
 from services.streams.sampling import sampler
 from services.streams.text import SPECS, TextColumns
 from tests.unit.services.streams.small_world import SmallEntry
@@ -122,7 +123,7 @@ def test_conversations_are_the_items_with_text() -> None:
     assert {name: conversations.units(entry) for name, entry in entries.items()} == {
         "talk": 1, "text": 1, "picture": 0, "scene": 0,
     }  # fmt: skip
-    draw = conversations.draw(3, 0, np.random.default_rng(0))
+    draw = conversations.draw(Unit(n_views=3), np.random.default_rng(0))
     assert [(view.index, view.role) for view in draw.views] == [(i, Role.CONTEXT) for i in range(3)]
     assert list(conversations.spoiled(entries["talk"], frozenset({1}))) == [0]
     assert list(conversations.spoiled(entries["talk"], frozenset({5}))) == []

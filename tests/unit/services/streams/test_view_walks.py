@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 import configs
 from configs import ConfigError, RunConfig
 from configs.schema import DataConfig, RecipeConfig, SourceConfig, TrainerConfig, ViewSetConfig
-from services.contracts import PlanSample, Role, Split
+from services.contracts import PlanSample, Role, Split, ViewRole
 from services.errors import DataError
+from services.streams import sampling
 from services.streams.plan import EpochPlan
+from services.streams.sampler import Draw, EntryLike, Sampler, Unit
 from services.streams.view_walks import WalkSampler
 from tests.unit.services.streams.small_plan import Entry, Source
 
@@ -60,7 +62,7 @@ def test_a_walk_goes_on_in_time_by_steps_of_the_interval(n_views, least, more, l
     if not sampler.units(Entry("a", n_views)):
         assert n_views < size
         return
-    draw = sampler.draw(n_views, 0, np.random.default_rng(seed), item="a", size=size)
+    draw = sampler.draw(Unit(n_views=n_views, item="a", size=size), np.random.default_rng(seed))
     index = [view.index for view in draw.views]
     gaps = [b - a for a, b in itertools.pairwise(index)]
     assert len(index) == size
@@ -78,9 +80,11 @@ def test_short_scenes_leave_the_interval_of_others_as_it_is() -> None:
     sampler = WalkSampler(ViewSetConfig(scheme="walks", views=[4, 4], interval=[2, 60]))
     random = np.random.default_rng(0)
     for n_views in (7, 8, 7):
-        sampler.draw(n_views, 0, random, size=4)
+        sampler.draw(Unit(n_views=n_views, size=4), random)
     widest = max(
-        b.index - a.index for _ in range(50) for a, b in itertools.pairwise(sampler.draw(1000, 0, random, size=4).views)
+        b.index - a.index
+        for _ in range(50)
+        for a, b in itertools.pairwise(sampler.draw(Unit(n_views=1000, size=4), random).views)
     )
     assert sampler.interval == (2, 60)
     assert widest > 50
@@ -242,3 +246,36 @@ def test_the_released_variant_is_a_preset() -> None:
     paper, released = (configs.load(["recipe=spa3r_pretrain", f"variant={v}"]) for v in ("paper", "released"))
     assert dataclasses.astuple(paper.recipe.spa3r)[:5] == ("l1", "targets", True, "joint", "auto")
     assert dataclasses.astuple(released.recipe.spa3r)[:5] == ("smooth_l1", "all", False, "symmetric", "auto")
+
+
+class Towers(Sampler):
+    """Sets of a kind of its own: unit n of a scene is its first 2 or 3 views."""
+
+    sizes = (2, 3)
+    planned = True
+
+    def units(self, entry: EntryLike) -> int:
+        return 4
+
+    def spoiled(self, entry: EntryLike, broken: frozenset[int]) -> tuple[int, ...]:
+        return ()
+
+    def size_of(self, item: str, unit: int) -> int:
+        return self.sizes[unit % 2]
+
+    def draw(self, unit: Unit, random: np.random.Generator) -> Draw:
+        views = tuple(ViewRole(index=index) for index in range(self.size_of(unit.item, unit.number)))
+        return Draw(views=views, item=f"{unit.item}-{unit.number}")
+
+
+def test_any_sampler_may_have_sets_of_planned_sizes_and_names_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sampling.SAMPLERS, "view_set", lambda *_: Towers())
+    plan = EpochPlan(config_of(WALKS), rooms())
+    batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step).micro_batches]
+    sizes = [{len(sample.views) for sample in batch.samples} for batch in batches]
+    assert {2} in sizes
+    assert {3} in sizes
+    assert all(len(found) == 1 for found in sizes), "one number of views a micro-batch"
+    names = [sample.id for batch in batches for sample in batch.samples]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("rooms/rooms") and name.endswith("#view_set0") for name in names)
