@@ -9,6 +9,7 @@ from pathlib import Path
 
 from actors.asked import Asked, read_questions, write_answers
 from actors.generate import pose_options
+from actors.outputs import check_file
 from actors.parts import ANSWERING, FRAMES, IMAGINING, check_recipe, open_run
 from configs import ConfigError
 
@@ -22,10 +23,10 @@ def run(args: argparse.Namespace) -> tuple[Path, list[Asked]]:
     allowed, wish = (IMAGINING, "imagine views") if args.imagine else ((*ANSWERING, *FRAMES), "answer questions")
     check_recipe(config, folder, allowed, wish)
     questions = read_questions(args.question, args.questions)
+    wanted = check_file(Path(args.out).expanduser().absolute()) if args.out else None
     if config.recipe.name in FRAMES:
         from actors.ask_frames import ask
     else:
         from actors.ask_views import ask
     stem, asked = ask(args, config, folder, questions)
-    out = Path(args.out).expanduser().absolute() if args.out else folder / "asked" / f"{stem}.json"
-    return write_answers(out, folder.name, asked), asked
+    return write_answers(wanted or folder / "asked" / f"{stem}.json", folder.name, asked), asked

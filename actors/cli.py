@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -285,6 +286,13 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
         # The reader of a pipe (head, less) has enough; keep the interpreter from complaining about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if args.debug or not _is_users(error):
+            raise
+        place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        why = f"{place or 'the disk'}: {error.strerror or error}"
+        print(f"loom3d: {why}; look at the path, who may write there, and the space that is left", file=sys.stderr)
+        return USER_ERROR
     except _user_errors() as error:  # evaluated only when something was raised: the tuple's module imports torch
         if args.debug:
             raise
@@ -293,11 +301,15 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
         return USER_ERROR
 
 
+def _is_users(error: OSError) -> bool:
+    """Whether an error is of a file or a disk, which the user can change; others are ours."""
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
 def _user_errors() -> tuple[type[BaseException], ...]:
     from services.errors import USER_ERRORS
 
-    # A folder that cannot be read or written is for the user to change, too.
-    return (*USER_ERRORS, PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    return USER_ERRORS
 
 
 def _find(arguments: list[str]) -> tuple[str, list[str]]:

@@ -170,6 +170,8 @@ def test_captions_are_asked_as_they_were_taught() -> None:
         (["--image", "{a}", "--question", "<image> or <image>?"], ["DataError", "2 marks <image> and 1 images"]),
         (["--image", "{a}", "--caption", "data.text.max_length=40"], ["data.text.max_length=40 allows no more"]),
         (["--image", "/absent.jpg", "--caption"], ["/absent.jpg: there is no such file"]),
+        (["--image", "{a}", "--caption", "--out", "/"], ["--out / is a folder; give the file to write"]),
+        (["--image", "{a}", "--caption", "--out", "{b}/x.json"], ["b.png is a file; give a folder"]),
     ],
 )
 def test_what_cannot_be_asked_is_one_message(

@@ -180,6 +180,34 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         cli.main(["models"])
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileExistsError(17, "File exists", "/data/x"), "/data/x: File exists"),
+        (OSError(28, "No space left on device"), "the disk: No space left on device"),
+        (OSError(30, "Read-only file system", "/a", None, "/b"), "/a -> /b: Read-only file system"),
+    ],
+)
+def test_files_and_disks_are_for_the_user_to_change(
+    error: OSError, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(args: object) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "models", cli.Verb(broken, "", configured=False))
+    assert cli.main(["models"]) == 2
+    assert capsys.readouterr().err.startswith(f"loom3d: {words}; ")
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(args: object) -> int:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setitem(cli.VERBS, "models", cli.Verb(wrong, "", configured=False))
+    with pytest.raises(ConnectionResetError):
+        cli.main(["models"])
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m actors config keys | head -1"
     result = subprocess.run(
