@@ -15,7 +15,7 @@ from torch import Tensor
 from configs import ConfigError, RunConfig
 from models.geometry.poses import relative
 from services.contracts import ImageRef, Scene, View
-from services.data.images import load_image
+from services.data.images import load_image, load_photo
 from services.errors import DataError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"})
@@ -58,7 +58,7 @@ def read_pictures(name: str, config: RunConfig, *, views: Sequence[int] | None =
         path = Path(name).expanduser()
         if views is not None:
             raise ConfigError(f"--view is for scenes; {name} is a file")
-        image = load_image(ImageRef(path=str(path)))
+        image = load_photo(path)
         return [Picture(name=path.name, image=image, K=camera_of(image, config.generate.fov), known_camera=False)]
     scene_name, scene, chosen = _scene_views(name, config, views)
     return [_view(scene, index, scene_name, config) for index in chosen]
@@ -142,7 +142,12 @@ def _scene(name: str, config: RunConfig) -> Scene:
     # Questions about scenes hold no pictures of their own, and making them takes time.
     sources = {key: source for key, source in config.data.sources.items() if source.format != "questions"}
     limited = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-    found = find_record(open_sources(limited), name)
+    try:
+        found = find_record(open_sources(limited), name)
+    except DataError as error:
+        if Path(name).expanduser().is_dir():
+            raise DataError(f"{name} is a folder; give one of its pictures, or SOURCE/SCENE of the data") from error
+        raise
     if not isinstance(found, Scene):
         raise DataError(f"{name} is no scene with views; give one of its picture files instead")
     return found

@@ -46,12 +46,26 @@ def load_image(ref: ImageRef) -> np.ndarray:
 
         return load_frame(Path(ref.path), ref.frame)
     with _open(ref) as image:
-        if image.mode in _DEEP_MODES:
-            raise DataError(
-                f"{describe(ref)}: a picture of mode {image.mode!r} where an 8-bit colour or grey one is needed; "
-                "is this a depth map?"
-            )
+        _refuse_deep(image, describe(ref))
         return np.array(_decoded(image, describe(ref)).convert("RGB"))
+
+
+def load_photo(path: str | Path) -> np.ndarray:
+    """A picture of the user's own as uint8 (H, W, 3) RGB: upright as its EXIF orientation says, white behind it.
+
+    Pictures of data sets are read by :func:`load_image` instead, whose pixels their intrinsics and masks belong to.
+    DataError as there.
+    """
+    from PIL import ImageOps
+
+    name = str(path)
+    with _open(ImageRef(path=name)) as image:
+        _refuse_deep(image, name)
+        upright = ImageOps.exif_transpose(_decoded(image, name))
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        return np.array(upright.convert("RGB"))
 
 
 def image_size(ref: ImageRef) -> tuple[int, int]:
@@ -116,6 +130,14 @@ def _open(ref: ImageRef) -> Image.Image:
         raise DataError(f"{describe(ref)}: there is no such file") from error
     except _PILLOW_ERRORS as error:
         raise DataError(f"{describe(ref)}: not a readable image ({error})") from error
+
+
+def _refuse_deep(image: Image.Image, what: str) -> None:
+    if image.mode in _DEEP_MODES:
+        raise DataError(
+            f"{what}: a picture of mode {image.mode!r} where an 8-bit colour or grey one is needed; is this a depth "
+            "map? If not, save it with 8 bits a channel"
+        )
 
 
 def _decoded(image: Image.Image, what: str) -> Image.Image:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from services.contracts import DepthRef, ImageRef, Intrinsics
 from services.data.digests import Stamp, content_digest, digest_file
-from services.data.images import image_size, load_depth, load_ids, load_image
+from services.data.images import image_size, load_depth, load_ids, load_image, load_photo
 from services.data.videos import decoder_version, frame_times
 from services.errors import DataError
 from tests.support.films import write_video
@@ -53,6 +53,25 @@ def test_the_orientation_tag_is_not_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(load_image(ImageRef(path=str(tmp_path / "a.png"))), picture())
+
+
+def test_a_photograph_is_upright_and_has_no_holes(tmp_path: Path) -> None:
+    image = Image.fromarray(picture())
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(tmp_path / "sideways.png", exif=exif)
+    assert np.array_equal(load_photo(tmp_path / "sideways.png"), np.rot90(picture(), k=-1))
+    alpha = np.zeros((6, 8, 1), np.uint8)
+    alpha[3:] = 255
+    Image.fromarray(np.dstack([picture(), alpha])).save(tmp_path / "cut-out.png")
+    cut_out = load_photo(tmp_path / "cut-out.png")
+    assert (cut_out[:3] == 255).all(), "white stands behind what is transparent, whatever its hidden colour"
+    assert np.array_equal(cut_out[3:], picture()[3:])
+    Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png: a picture of mode 'I;16' .*save it with 8 bits a channel"):
+        load_photo(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"absent\.png: there is no such file"):
+        load_photo(tmp_path / "absent.png")
 
 
 @pytest.mark.parametrize(
