@@ -70,7 +70,7 @@ def generate(args: argparse.Namespace) -> int:
     for view in made.metadata["views"]:
         print(
             f"view {view['files']}: turned {view['angle_degrees']:.1f} degrees, moved {view['distance_metres']:.2f} m, "
-            f"covered {view['coverage']:.0%}; the reference's points cover {view['overlap']:.0%}"
+            f"covered {verb.share(view['coverage'])}; the reference's points cover {verb.share(view['overlap'])}"
         )
     for remark in made.remarks:
         print(f"note: {remark}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import configs
 from actors import scene_files
+from actors.outputs import check_folder
 from actors.parts import IMAGINING, check_recipe, open_pipeline, open_run
 from actors.poses import PoseOptions, check_rigid, poses_of
 from actors.recipes.pictures import colour_depth, hstack
@@ -79,9 +80,11 @@ def run(args: argparse.Namespace) -> Outcome:
         if options.given:
             raise ConfigError(f"--target-view and {options.given[0]} are given: they both say where the camera stands")
         target = read_picture(args.image.partition(":")[0], config, args.target_view)
+    else:
+        poses_of(options, config.generate, lambda: 1.0)  # what is wrong with them is said before weights are loaded
+    out = check_folder(Path(args.out).expanduser().absolute() if args.out else folder / "generated" / reference.stem)
     pipeline = open_pipeline(config, folder=folder, given=given_parts(args.part), device=device_of(args.device))
     poses = choose_poses(pipeline, config, reference, options, target)
-    out = Path(args.out).expanduser().absolute() if args.out else folder / "generated" / reference.stem
     return generate(pipeline, config, reference, poses, out, run=folder.name, target=target)
 
 
@@ -102,8 +105,12 @@ def given_parts(texts: Sequence[str]) -> dict[str, str]:
 
 
 def device_of(wanted: str) -> str:
-    """``wanted``, or the first CUDA device where there is one."""
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    """``wanted``, or the first CUDA device where there is one. ConfigError when this machine does not have it."""
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    here += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if wanted and wanted not in here:
+        raise ConfigError(f"--device {wanted}: this machine has {', '.join(here)}")
+    return wanted or ("cuda" if "cuda" in here else "cpu")
 
 
 def choose_poses(
@@ -229,7 +236,7 @@ def _save_view(
     folder.mkdir(exist_ok=True)
     pictures = {
         "Imagined: colour head": scene_files.as_bytes(made.target_colours[index]),
-        f"Imagined: points drawn ({view.rendered.coverage:.0%})": scene_files.as_bytes(view.rendered.image),
+        f"Imagined: points drawn, {share(view.rendered.coverage)} covered": scene_files.as_bytes(view.rendered.image),
         f"Depth, {scale[0]:.1f} to {scale[1]:.1f} m, near is bright": colour_depth(
             made.depth[index].float().cpu().numpy(), *scale
         ),
@@ -314,6 +321,11 @@ def _remarks(described: Sequence[Mapping[str, Any]], made: Imagined, config: Run
     return found
 
 
+def share(part: float) -> str:
+    """A share as a percentage; a small one is not shown as none."""
+    return "less than 1%" if 0 < part < 0.01 else f"{part:.0%}"
+
+
 def _named(views: Sequence[str]) -> str:
     return f"view {views[0]} sees" if len(views) == 1 else f"views {', '.join(views)} see"
 
@@ -371,8 +383,8 @@ def _facts(view: Mapping[str, Any]) -> dict[str, str]:
     return {
         "turned by": f"{view['angle_degrees']:.1f}°",
         "moved by": f"{view['distance_metres']:.2f} m",
-        "picture covered by points": f"{view['coverage']:.0%}",
-        "shown by the reference's points": f"{view['overlap']:.0%}",
+        "picture covered by points": share(view["coverage"]),
+        "shown by the reference's points": share(view["overlap"]),
         "points": f"{view['points']['imagined']:,} imagined, {view['points']['reference']:,} of the reference",
         "depth, median": "nothing lies ahead" if depth is None else f"{depth[1]:.2f} m",
         "confidence, median": f"{view['confidence']['median']:.2f}",

@@ -24,6 +24,7 @@ from models.geometry.poses import make_pose, rigidity_error
 from services.errors import DataError
 
 ORBIT, SWEEP = "orbit", "sweep"
+_FORM = "a pose is a 4x4 matrix: in JSON a list of four rows of four numbers (or of such poses), in text four lines"
 _RIGID = 1e-3
 """Files hold few digits; a sheared or scaled pose is far beyond this."""
 
@@ -68,6 +69,9 @@ def poses_of(options: PoseOptions, settings: GenerateConfig, distance: Callable[
         return read_poses(options.file)
     if options.turned:
         angles = (options.yaw or 0.0, options.pitch or 0.0, options.roll or 0.0)
+        for name, angle in zip(("--yaw", "--pitch", "--roll"), angles, strict=True):
+            if not math.isfinite(angle):
+                raise ConfigError(f"{name} {angle}: must be a number of degrees, such as 20")
         return make_pose(rotation(*angles), _move(options.move))[None]
     if options.trajectory == SWEEP:
         return sweep(settings.frames, settings.angle)
@@ -126,9 +130,9 @@ def read_poses(file: str) -> Tensor:
         values: Any = json.loads(text) if path.suffix == ".json" else _numbers(text)
         found = torch.tensor(values, dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{path}: holds no matrices of numbers ({error})") from error
+        raise DataError(f"{path}: holds no matrices of numbers ({error}); {_FORM}") from error
     if not found.numel() or found.numel() % 16 or (found.ndim != 1 and found.shape[-2:] != (4, 4)):
-        raise DataError(f"{path}: holds numbers of the shape {tuple(found.shape)}; a pose is a 4x4 matrix")
+        raise DataError(f"{path}: holds numbers of the shape {tuple(found.shape)}; {_FORM}")
     return check_rigid(found.reshape(-1, 4, 4), str(path))
 
 

@@ -16,7 +16,7 @@ import trimesh
 from PIL import Image
 
 from actors import cli, scene_files
-from actors.generate import generate
+from actors.generate import generate, share
 from actors.parts import open_pipeline
 from actors.references import Picture, camera_of, read_picture, read_pictures
 from configs import ConfigError, RunConfig
@@ -233,6 +233,10 @@ def test_a_camera_that_sees_nothing_is_said(
         (["--image", "{picture}", "--pose", "/absent.json"], ["DataError", "/absent.json: cannot be read"]),
         (["--image", "{picture}", "--yaw", "3", "--part", "vae"], ["--part vae: write NAME=FOLDER"]),
         (["--image", "{picture}", "--yaw", "3", "generate.fov=0"], ["generate.fov"]),
+        (["--image", "{picture}", "--yaw", "inf"], ["--yaw inf: must be a number of degrees"]),
+        (["--image", "{picture}", "--yaw", "3", "--device", "cuda:99"], ["--device cuda:99: this machine has cpu"]),
+        (["--image", "{folder}", "--yaw", "3"], ["is a folder; give one of its pictures"]),
+        (["--image", "{picture}", "--yaw", "3", "--out", "{text}"], ["--out", "text.png is a file; give a folder"]),
     ],
 )
 def test_what_cannot_be_done_is_one_message(
@@ -244,12 +248,26 @@ def test_what_cannot_be_done_is_one_message(
     capsys: pytest.CaptureFixture[str],
 ):
     (tmp_path / "text.png").write_text("no picture")
-    filled = [text.format(picture=picture, text=tmp_path / "text.png") for text in arguments]
+    filled = [text.format(picture=picture, text=tmp_path / "text.png", folder=tmp_path) for text in arguments]
     assert cli.main(["generate", "--run", str(folder), "--out", str(tmp_path / "out"), *filled]) == 2
     said = capsys.readouterr().err
     for word in words:
         assert word in said
     assert "Traceback" not in said
+
+
+def test_a_photograph_is_shown_upright(tmp_path: Path, config: RunConfig):
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 8  # to be turned anticlockwise
+    image.save(tmp_path / "phone.png", exif=exif)
+    shown = read_picture(str(tmp_path / "phone.png"), config)
+    np.testing.assert_array_equal(shown.image, np.rot90(np.asarray(image)))
+    assert shown.K[0, 2] == (40 - 1) / 2
+
+
+def test_little_is_not_called_nothing():
+    assert [share(part) for part in (0.0, 1e-4, 0.01, 0.124, 1.0)] == ["0%", "less than 1%", "1%", "12%", "100%"]
 
 
 def test_the_assumed_camera_has_the_field_of_view():

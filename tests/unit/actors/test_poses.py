@@ -108,6 +108,7 @@ def test_files_of_poses(tmp_path: Path):
         ("short.txt", "1 0 0 0\n0 1 0 0", "shape (8,)"),
         ("flat.json", "[[1, 0, 0], [0, 1, 0], [0, 0, 1]]", "shape (3, 3)"),
         ("words.txt", "one two", "no matrices"),
+        ("object.json", '{"pose": 1}', "a list of four rows of four numbers"),
         ("broken.json", "{", "no matrices"),
         ("empty.txt", "", "shape (0,)"),
     ],
@@ -127,5 +128,8 @@ def test_exactly_one_way_of_saying_it():
         one(file="a.json", yaw=3.0)
     with pytest.raises(ConfigError, match="--move 1,2: write three numbers"):
         one(move="1,2")
+    for name, angle in (("yaw", float("inf")), ("pitch", float("nan")), ("roll", float("-inf"))):
+        with pytest.raises(ConfigError, match=rf"--{name} {angle}: must be a number of degrees"):
+            one(**{name: angle})
     with pytest.raises(DataError, match=r"circle: cannot be read .*`orbit` or `sweep`"):
         one(trajectory="circle")
