@@ -7,6 +7,7 @@ from typing import Any
 
 import configs
 from actors.export.origin import UNKNOWN
+from actors.report.units import with_unit
 from configs import RunConfig
 from configs.roles import role_config
 
@@ -148,7 +149,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> Iterator[str]:
     for name, row in evaluation["metrics"].items():
         rivals = [] if row["baseline"] is None else [f"{row['baseline']:.4g} ({row['baseline_name']})"]
         rivals += [f"{value:.4g} ({rival})" for rival, value in row.get("also", {}).items()]
-        yield f"| {name} | {row['value']:.4g} | {row['better']} | {', '.join(rivals) or '-'} |"
+        yield f"| {with_unit(name)} | {row['value']:.4g} | {row['better']} | {', '.join(rivals) or '-'} |"
     yield ""
 
 

@@ -40,7 +40,7 @@ def base_weights(config: RunConfig, licences: Mapping[str, str]) -> list[Weights
     for name in licences:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.3)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise ConfigError(
                 f"--licence {name}: the run has no weights of that name{hint} It has {', '.join(known) or 'none'}"
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.report.units import with_unit
 from services.errors import DataError
 from services.telemetry import events
 from services.telemetry.loggers import read_metrics
@@ -28,6 +29,11 @@ class Score:
     """Further baselines by name."""
     other: float | None = None
     """The same metric of the run that this one is compared with."""
+
+    @property
+    def label(self) -> str:
+        """The name with its unit."""
+        return with_unit(self.name)
 
     @property
     def margin(self) -> float | None:

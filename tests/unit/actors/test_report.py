@@ -12,6 +12,7 @@ from actors.report import write_report
 from actors.report.collect import collect
 from actors.report.figures import depth_picture, enlarge, label_picture
 from actors.report.page import page_values
+from actors.report.units import with_unit
 from services.errors import DataError
 
 
@@ -136,6 +137,18 @@ def test_another_run_stands_beside_with_the_margin(tmp_path: Path) -> None:
     assert "random</th>" in page
     assert "+20 %" in page
     assert "-20 %" in page
+
+
+def test_metrics_stand_with_their_units(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "a")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["metrics"]["rgb/psnr"] = {**evaluation["metrics"]["seg/miou"], "value": 15.0}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(run).read_text()
+    assert "<td>rgb/psnr (dB)</td>" in page
+    assert "<td>seg/miou</td>" in page
+    assert with_unit("points/chamfer") == "points/chamfer (m)"
+    assert with_unit("video_depth/abs_rel/median_scale") == "video_depth/abs_rel/median_scale"
 
 
 def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
