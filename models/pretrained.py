@@ -68,11 +68,12 @@ def describe_pretrained(folder: str | Path, *, any_format: bool = False) -> dict
         described = json.loads(path.read_text())
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error}); train that part first, or give its folder") from error
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:  # no JSON, or no text
+        raise WeightsError(f"{path} is not JSON ({error}); save that part again, or give another folder") from error
     if isinstance(described, dict) and any_format:
         return described
-    if not isinstance(described, dict) or described.get("format") != FORMAT or "model" not in described:
+    whole = isinstance(described, dict) and "model" in described and isinstance(described.get("settings"), dict)
+    if not whole or described.get("format") != FORMAT:
         raise WeightsError(f"{path} does not describe a part of ours (format {FORMAT}, model, settings)")
     return described
 

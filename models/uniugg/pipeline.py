@@ -43,6 +43,18 @@ PARTS: Mapping[str, tuple[type[nn.Module], ...]] = {
 }
 
 
+def check_kinds(parts: Mapping[str, nn.Module], places: Mapping[str, Path] | None = None) -> None:
+    """WeightsError unless each part is of the kind that its name asks for; ``places`` says where one was read."""
+    for name, kinds in PARTS.items():
+        if name in parts and not isinstance(parts[name], kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            where = f" ({places[name]})" if places and name in places else ""
+            raise WeightsError(
+                f"part {name!r}{where} must be a {wanted}, this is a {type(parts[name]).__name__}; give the folder of "
+                f"the part that is called {name!r} where it was trained"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Imagined:
     """Views from N poses. Points are metres in the reference camera's frame; maps have the size of the pictures."""
@@ -91,10 +103,7 @@ class Pipeline:
         imagines: bool = True,
         sees: bool = True,
     ) -> None:
-        for name, kinds in PARTS.items():
-            if name in parts and not isinstance(parts[name], kinds):
-                wanted_kind = " or ".join(kind.__name__ for kind in kinds)
-                raise WeightsError(f"part {name!r} must be a {wanted_kind}, got a {type(parts[name]).__name__}")
+        check_kinds(parts)
         wanted = needed(parts.get("llm"), imagines)
         missing = [name for name in wanted if name not in parts and (sees or name != "encoder")]
         if missing:

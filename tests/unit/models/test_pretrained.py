@@ -69,5 +69,11 @@ def test_a_folder_of_something_else_is_no_part(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not describe a part of ours"):
         describe_pretrained(tmp_path)
     assert describe_pretrained(tmp_path, any_format=True) == {"architectures": ["Other"]}
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": "spatial-vae-tiny"}))
+    with pytest.raises(WeightsError, match="does not describe a part of ours"):
+        describe_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(WeightsError, match=r"config\.json is not JSON .*save that part again"):
+        describe_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="cannot be read"):
         read_pretrained(tmp_path)

@@ -116,7 +116,7 @@ def test_parts_come_from_the_folders_of_runs(pipeline: Pipeline, parts: dict[str
     loaded = Pipeline.load({part: tmp_path / part for part in parts}, prompt=PROMPT, size=SIZE)
     a = loaded.imagine(PICTURE, K, poses(1), **SETTINGS)
     torch.testing.assert_close(a.tokens, pipeline.imagine(PICTURE, K, poses(1), **SETTINGS).tokens)
-    with pytest.raises(WeightsError, match="part 'vae' must be a SpatialVae, got a StudentViT"):
+    with pytest.raises(WeightsError, match="part 'vae' must be a SpatialVae, this is a StudentViT"):
         Pipeline.load({part: tmp_path / part for part in parts} | {"vae": tmp_path / "encoder"}, prompt=[], size=SIZE)
     with pytest.raises(ModelError, match=r"no parts \['projector'\]"):
         Pipeline.load({"projector": tmp_path}, prompt=[], size=SIZE)
