@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import configs
 from actors import beside
 from actors.recipes import Built, Recipe, open_recipe
 from actors.trainers.adapters import save_updates
@@ -112,6 +111,7 @@ def evaluate_run(
     import torch
 
     from actors.parts import open_run
+    from actors.preflight.missing import missing_files
     from actors.report import write_report
     from services.data.leakage import refuse_leaks
     from services.data.sources import open_sources
@@ -121,8 +121,11 @@ def evaluate_run(
     from services.streams.targets import class_names
 
     folder, config = open_run(run, overrides, file)
-    saved = configs.load(file=folder / "config.yaml")
+    _, saved = open_run(str(folder))
     check_unchanged(saved, config)
+    absent = list(missing_files(config))
+    if absent:
+        raise ConfigError("; ".join(absent))
     beside.judge_first(
         config, folder, overrides, Split(split), lambda place, keys: evaluate_run(place, keys, split=split)
     )

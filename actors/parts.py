@@ -20,13 +20,13 @@ import configs
 from actors.driver import run_folder
 from actors.recipes.uniugg_unified import LATENTS
 from configs import ConfigError, RunConfig
-from configs.paths import RUN
+from configs.paths import RUN, moved
 from models.encoders.uniugg import READS
 from models.encoders.weights import stored_digest
 from models.errors import WeightsError
 from models.pretrained import CONFIG, describe_pretrained, load_pretrained
 from models.text.tokenizer import IMAGE, RAYMAP, check_fits, load_tokenizer, token_id
-from models.uniugg.pipeline import PARTS, Pipeline
+from models.uniugg.pipeline import PARTS, Pipeline, check_kinds
 from services.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def open_run(run: str, overrides: Sequence[str] = (), file: str | None = None) -
         overrides: of the command line; ``recipe=`` and ``size=`` say which run, single keys change how it is used.
         file: a saved configuration that says which run, as ``--config``.
 
+    Where the storage that it was trained in was moved as a whole, the run is used where it lies now.
+
     DataError lists similar names when there is no such run; ConfigError when it is described twice.
     """
     if run and file:
@@ -75,8 +77,17 @@ def open_run(run: str, overrides: Sequence[str] = (), file: str | None = None) -
             f"{folder} is no run: it has no config.yaml{hint}. Give the folder of a run with --run, or its name= and "
             "storage.root="
         )
-    # Of a run that was moved, what is written next goes to where it lies now.
-    return folder, configs.load([key for key in keys if not key.startswith("name=")], file=saved)
+    config = configs.load([key for key in keys if not key.startswith("name=")], file=saved)
+    return folder, _where_it_lies(config, folder, configs.load(file=saved).storage.root)
+
+
+def _where_it_lies(config: RunConfig, folder: Path, old: str) -> RunConfig:
+    """The configuration of a run whose storage, once at ``old``, was moved: other runs are found beside it."""
+    if Path(old).exists():
+        return config
+    if config.storage.root != old:  # the user says where it is
+        return moved(config, old, config.storage.root)
+    return moved(config, old, str(folder.parents[1])) if folder.parent.name == "runs" else config
 
 
 def check_recipe(config: RunConfig, folder: Path, allowed: Sequence[str], wish: str) -> None:
@@ -265,6 +276,7 @@ def open_pipeline(
     loaded = {name: load_pretrained(place) for name, place in found.items()} | modules
     if other is not None:
         loaded["encoder"] = other
+    check_kinds(loaded, found)
     check_tokenizer(config, loaded["llm"], found.get("llm", folder))
     if "diffusion" in loaded and "vae" in loaded:
         check_latents(loaded["diffusion"], loaded["vae"])

@@ -8,6 +8,8 @@ from pathlib import Path
 from configs.schema import RunConfig
 
 RUN = "run:"
+_PART_DEPTH = 4
+"""runs/NAME/weights/PART"""
 
 
 def is_uri(path: str) -> bool:
@@ -46,6 +48,29 @@ def expand(config: RunConfig) -> RunConfig:
     init = {part: _weights(weights, storage.root) for part, weights in config.model.init.items()}
     model = dataclasses.replace(config.model, init=init)
     return dataclasses.replace(config, storage=storage, cache=cache, data=data, encoders=encoders, model=model)
+
+
+def as_run(path: str) -> str:
+    """``run:NAME/PART`` for the folder of a run's part, below whatever root; any other text as it is.
+
+    What a run was trained from is told by this, so that it stays the same run where its storage was moved.
+    """
+    parts = Path(path).parts
+    if len(parts) > _PART_DEPTH and (parts[-4], parts[-2]) == ("runs", "weights"):
+        return f"{RUN}{parts[-3]}/{parts[-1]}"
+    return path
+
+
+def moved(config: RunConfig, old: str, new: str) -> RunConfig:
+    """``config`` of a run whose storage was at ``old`` and is at ``new``: storage, and what it reads of other runs."""
+
+    def place(path: str) -> str:
+        return _weights(as_run(path), new) if Path(path).is_relative_to(old) else path
+
+    encoders = {name: dataclasses.replace(e, weights=place(e.weights)) for name, e in config.encoders.items()}
+    model = dataclasses.replace(config.model, init={part: place(w) for part, w in config.model.init.items()})
+    storage = dataclasses.replace(config.storage, root=new)
+    return dataclasses.replace(config, storage=storage, encoders=encoders, model=model)
 
 
 def _home(path: str) -> str:

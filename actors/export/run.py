@@ -21,6 +21,7 @@ from actors.export.forward import core, outputs, random_inputs
 from actors.export.networks import FILES, NOT_VISUAL, QWEN, complete, is_qwen, load_network
 from actors.export.origin import Weights, base_weights, versions
 from actors.export.proof import Adapted, Proof, prove
+from actors.outputs import check_folder
 from actors.parts import ANSWERING, FRAMES, open_run
 from actors.recipes import open_recipe
 from actors.trainers.lora import LORA, load_adapter
@@ -67,7 +68,7 @@ class Exported:
 def run(args: argparse.Namespace) -> Exported:
     """What ``loom3d export`` does."""
     folder, config = open_run(args.run, args.overrides, args.config)
-    saved = configs.load(file=folder / "config.yaml")
+    _, saved = open_run(str(folder))
     check_unchanged(saved, config)  # keys describe which run; its card says what it was trained with
     licences: dict[str, str] = {}
     for text in args.licence:
@@ -75,7 +76,10 @@ def run(args: argparse.Namespace) -> Exported:
         if not name or not licence:
             raise ConfigError(f"--licence {text}: write NAME=TEXT, as in model.init.language=apache-2.0")
         licences[name] = licence
-    out = Path(args.out).expanduser().absolute()
+    out = check_folder(Path(args.out).expanduser().absolute())
+    if not torch.cuda.is_available():
+        # Saving a network imports DeepSpeed where it is installed, which would tell the terminal that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return export_run(folder, saved, out, merge=args.merge, licences=licences)
 
 

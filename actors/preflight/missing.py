@@ -27,7 +27,7 @@ def missing(config: RunConfig, encoders: Mapping[str, EncoderCost], *, fetch: bo
     found = [*_encoder_weights(config, encoders, fetch), *_start(config, fetch)]
     if config.cluster.mode == "attach":
         return found
-    return [*found, *_tokenizer(config, fetch), *_files(config)]
+    return [*found, *_tokenizer(config, fetch), *missing_files(config)]
 
 
 def _encoder_weights(config: RunConfig, encoders: Mapping[str, EncoderCost], fetch: bool) -> Iterator[str]:
@@ -101,8 +101,8 @@ def _tokenizer(config: RunConfig, fetch: bool) -> Iterator[str]:
         yield f"{key}={name} cannot be used ({error}): give the folder of a language model, or {key}={BYTES}"
 
 
-def _files(config: RunConfig) -> Iterator[str]:
-    """Networks that losses and metrics look through."""
+def missing_files(config: RunConfig) -> Iterator[str]:
+    """One sentence for each network that losses and metrics look through, and that is not where it is said to be."""
     paths = {
         "evaluate.lpips_weights": config.evaluate.lpips_weights,
         "evaluate.inception_weights": config.evaluate.inception_weights,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from actors.trainers.loop import LoopState, TrainLoop
 from actors.trainers.saved import AVERAGE, OPTIMIZER, WEIGHTS, gathered_problem, written_problem
 from actors.trainers.tensors import assign, saved_tensors, whole
+from configs.paths import as_run
 from services.errors import ResumeError, WeightsError
 
 _log = logging.getLogger("loom3d")
@@ -204,6 +205,8 @@ class Checkpoints:
     def _check_identity(self, found: Found) -> None:
         ours, defaults = (json.loads(json.dumps(dict(s))) for s in (self.identity.settings, self.identity.defaults))
         theirs = {key: value for key, value in defaults.items() if key in ours} | found.manifest["settings"]
+        # Older checkpoints name other runs' parts by their folders, which may have been moved since.
+        theirs = {key: as_run(value) if isinstance(value, str) else value for key, value in theirs.items()}
         differing = [
             f"{key}: {theirs.get(key)!r} then, {ours.get(key)!r} now"
             for key in sorted({*theirs, *ours})

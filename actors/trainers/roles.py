@@ -25,6 +25,7 @@ from actors.trainers.feed import Feed as Feed  # where others look for it
 from actors.trainers.joint import JointCheckpoints, joint_best, next_generation
 from actors.trainers.loop import Hooks, Metrics, TrainLoop
 from actors.trainers.recompute import checkpoint_activations
+from configs.paths import as_run
 from configs.roles import role_config
 from configs.schema import EncoderConfig, RunConfig
 from services.contracts import Split
@@ -239,7 +240,7 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
         "data.text": dataclasses.asdict(config.data.text),
         "trainer": {k: v for k, v in dataclasses.asdict(config.trainer).items() if k not in _TRAINER_FREE},
     }
-    return dict(_flatten("", chosen))
+    return {key: as_run(value) if isinstance(value, str) else value for key, value in _flatten("", chosen)}
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -65,6 +65,22 @@ def test_what_was_trained_cannot_be_changed(run: Path):
     assert check_unchanged(saved, changed) is None, "how a run is judged may change"
 
 
+def test_a_run_whose_storage_was_moved_is_judged_alike(run: Path):
+    _, before = evaluate_run(str(run), [])
+    root = run.parents[1]
+    away = root.rename(root.with_name("moved"))
+    try:
+        _, again = evaluate_run(str(away / "runs" / run.name), [])
+    finally:
+        away.rename(root)
+    assert again == before
+
+
+def test_weights_of_scores_that_are_not_there_are_named_before_anything_is_read(run: Path):
+    with pytest.raises(ConfigError, match=r"evaluate\.lpips_weights=/absent is not there: give the path .*or leave it"):
+        evaluate_run(str(run), ["evaluate.lpips_weights=/absent", "data.rooms.seed=7"])
+
+
 def test_a_source_that_renumbers_the_classes_is_refused(run: Path):
     with pytest.raises(ConfigError, match="semantic classes"):
         evaluate_run(str(run), ["data.sources.more.format=rooms", f"data.sources.more.root={_rooms(run)}"])

@@ -238,6 +238,9 @@ def test_the_command_exports_a_run_by_its_name(tmp_path: Path, capsys: pytest.Ca
     assert main(["export", "--run", "heads", root, "trainer.lr=3", "--out", str(tmp_path / "other")]) == 2
     assert "trainer.lr=3" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    (tmp_path / "file").write_text("kept")
+    assert main(["export", "--run", "heads", root, "--out", str(tmp_path / "file" / "new")]) == 2
+    assert "file is a file; give a folder" in capsys.readouterr().err
 
 
 def test_an_export_is_used_by_other_commands(tmp_path: Path) -> None:

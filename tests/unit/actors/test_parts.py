@@ -14,6 +14,7 @@ import torch
 import configs
 import models
 from actors.parts import find_parts, open_pipeline, open_run
+from actors.trainers.roles import deciding_settings
 from configs import ConfigError
 from models.errors import ModelError, WeightsError
 from models.uniugg.direct import DirectLLM
@@ -67,6 +68,23 @@ def test_a_run_by_folder_by_name_and_by_recipe(root: Path):
     ):
         found, config = open_run(run, [*overrides, "generate.steps=7"])
         assert (found, config.recipe.name, config.generate.steps) == (folder, "uniugg_finetune", 7)
+
+
+def test_a_storage_that_was_moved_is_used_where_it_lies(tmp_path: Path):
+    """Its runs are the same ones for a checkpoint, and find each other; what is named elsewhere stays there."""
+    folder, config = make_run(tmp_path / "here")
+    decided = deciding_settings(config)
+    assert "run:uniugg_encoder-tiny/encoder" in decided.values()
+    (tmp_path / "here").rename(tmp_path / "there")
+    run = tmp_path / "there" / "runs" / folder.name
+    for overrides in ([], [f"storage.root={tmp_path / 'there'}"]):
+        _, found = open_run(str(run), overrides)
+        assert found.storage.root == str(tmp_path / "there")
+        assert deciding_settings(found) == decided
+        assert open_pipeline(found, folder=run, imagine=False).encoder is not None
+    (tmp_path / "here").mkdir()  # a storage that is still there is the one that was meant
+    _, found = open_run(str(run))
+    assert (found.storage.root, found.encoders) == (config.storage.root, config.encoders)
 
 
 def test_an_unknown_run_names_those_there_are(root: Path):
@@ -127,6 +145,13 @@ def test_modules_in_memory_stand_for_folders(root: Path):
     assert open_pipeline(config, folder=folder, given={"llm": llm}).llm is llm
     with pytest.raises(ConfigError, match="--part decoder: a run has the parts encoder, spatial_decoder, llm"):
         open_pipeline(config, folder=folder, given={"decoder": folder})
+
+
+def test_a_part_of_another_kind_is_named_with_its_folder(root: Path):
+    folder, config = open_run(str(root / "runs" / "uniugg_finetune-tiny"))
+    llm = folder / "weights" / "llm"
+    with pytest.raises(WeightsError, match=r"part 'vae' \(.*weights/llm\) must be a SpatialVae, this is a UniuggLLM"):
+        open_pipeline(config, folder=folder, given={"vae": llm})
 
 
 def test_a_checkpoint_of_another_tokenizer(root: Path, tmp_path: Path):
