@@ -22,7 +22,7 @@ from services.contracts import Split
 
 EVALUATION, JUDGED_BY = "evaluation.json", "judged_by"
 """File of a run's scores; its key with the digest of the settings that they depend on."""
-_DESCRIBING = ("recipe", "size", "name", "recipe.name", "recipe.spa3_vlm.baseline", "recipe.spa3_vlm.geometry")
+_DESCRIBING = ("recipe", "size", "name", "recipe.name")
 """Overrides that say which run is meant."""
 
 _log = logging.getLogger("loom3d")
@@ -68,7 +68,8 @@ def judge_first(
     if not found or (found["split"] == split and found.get(JUDGED_BY) == judged_by(config)):
         return  # one that was never judged is named by add_scores
     _log.info("first %s, which run %s is compared with", baseline.name, folder.name)
-    judge(str(place), [text for text in overrides if text.partition("=")[0] not in _DESCRIBING])
+    apart = {*_DESCRIBING, *baseline.keys}
+    judge(str(place), [text for text in overrides if text.partition("=")[0] not in apart])
 
 
 def add_scores(config: RunConfig, folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:

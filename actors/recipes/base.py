@@ -135,6 +135,8 @@ class Baseline:
     """What it is, in a few words."""
     config: RunConfig | None = None
     """How it is trained where it is not there yet; None for one that somebody named, which must be there."""
+    keys: tuple[str, ...] = ()
+    """Settings in which it differs from the run: no override of these is for both."""
 
 
 class Recipe(ABC):

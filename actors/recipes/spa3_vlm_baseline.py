@@ -18,6 +18,7 @@ from services.streams.inputs import needed_encoders
 
 SUFFIX = "-plain"
 PLAIN = "Qwen2.5-VL finetuned plainly"
+KEYS = ("recipe.spa3_vlm.baseline", "recipe.spa3_vlm.geometry")
 
 
 def plain_run(config: RunConfig, name: str) -> Baseline | None:
@@ -32,7 +33,7 @@ def plain_run(config: RunConfig, name: str) -> Baseline | None:
         other = vlm.baseline.removeprefix(RUN)
         if other == name:
             raise ConfigError(f"recipe.spa3_vlm.baseline={vlm.baseline} is this run itself; name one without geometry")
-        return Baseline(name=other, title=PLAIN)
+        return Baseline(name=other, title=PLAIN, keys=KEYS)
     train = _without_adapter(config)
     if train is None:  # a run that trains the adapter alone starts as the plain model, which is judged anyway
         return None
@@ -51,6 +52,7 @@ def plain_run(config: RunConfig, name: str) -> Baseline | None:
     return Baseline(
         name=plain.name,
         title=PLAIN,
+        keys=KEYS,
         config=dataclasses.replace(plain, encoders={key: plain.encoders[key] for key in kept}),
     )
 

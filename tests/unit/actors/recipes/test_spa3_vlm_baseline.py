@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import configs
-from actors.beside import add_scores, judged_by
+from actors.beside import add_scores, judge_first, judged_by
 from actors.recipes import open_recipe
 from actors.trainers.roles import deciding_settings
 from configs import ConfigError, RunConfig
 from models.pretrained import save_pretrained
+from services.contracts import Split
 from tests.support.spa3_vlm import small_vlm
 
 MINE = ("recipe=spa3_vlm", "size=tiny", "cluster=inline", "name=mine")
@@ -98,6 +99,19 @@ def test_scores_of_other_data_do_not_stand_beside(tmp_path: Path) -> None:
     (other / "evaluation.json").write_text(json.dumps({**evaluation, "metrics": {"text/ce": {"value": 1.5}}}))
     found = add_scores(config, folder, dict(evaluation))
     assert found["metrics"]["text/ce"]["also"] == {"mine-plain": 1.5}
+
+
+def test_the_other_is_judged_by_its_own_geometry(tmp_path: Path) -> None:
+    folder, asked = tmp_path / "runs" / "mine", []
+    other = folder.with_name("mine-plain")
+    overrides = ["name=mine", "recipe.spa3_vlm.geometry=cross", "recipe.spa3_vlm.baseline=train", "evaluate.samples=2"]
+    config = load(f"storage.root={tmp_path}", *overrides[1:])
+    judge_first(config, folder, overrides, Split.VAL, lambda place, keys: asked.append((place, keys)))
+    assert asked == [], "it was never judged, which its scores say"
+    other.mkdir(parents=True)
+    (other / "evaluation.json").write_text(json.dumps({"split": "test", "judged_by": judged_by(config)}))
+    judge_first(config, folder, overrides, Split.VAL, lambda place, keys: asked.append((place, keys)))
+    assert asked == [(str(other), ["evaluate.samples=2"])]
 
 
 def test_how_a_run_is_judged_has_a_digest() -> None:
