@@ -233,8 +233,7 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
             for name, encoder in config.encoders.items()
         },
         "cache.codec": config.cache.codec,
-        # What is off decides nothing: a checkpoint from before there was such an option stays valid.
-        "peft": {k: v for k, v in dataclasses.asdict(config.peft).items() if v is not False and v != "auto"},
+        "peft": dataclasses.asdict(config.peft),
         "roles": {name: dataclasses.asdict(role) for name, role in config.roles.items()},
         "data.augment": dataclasses.asdict(config.data.augment),
         "data.text": dataclasses.asdict(config.data.text),

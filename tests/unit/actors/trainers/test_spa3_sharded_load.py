@@ -108,8 +108,6 @@ def test_in_what_the_frozen_weights_are_kept(tmp_path: Path) -> None:
     assert chosen("peft.base_dtype=stored", "trainer.precision=bfloat16", accelerated=True) == torch.float32
     with pytest.raises(ConfigError, match=r"peft.base_dtype=bfloat16 is for peft=lora with trainer.precision=bfloat16"):
         run_from(half, *LORA, "peft.base_dtype=bfloat16")
-    # A checkpoint from before there was the key stays valid.
-    assert "peft.base_dtype" not in deciding_settings(run_from(half, *LORA))
     assert deciding_settings(run_from(half, *LORA, "peft.base_dtype=float32"))["peft.base_dtype"] == "float32"
 
 

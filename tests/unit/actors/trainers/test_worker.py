@@ -86,6 +86,7 @@ def test_a_checkpoint_from_before_a_setting_counts_as_trained_with_its_default(t
     assert identity.settings == deciding_settings(config)
     assert identity.defaults["encoders.features.side"] == 0
     assert identity.defaults["data.text.supervise"] == "answer"
+    assert (identity.defaults["peft.dora"], identity.defaults["peft.base_dtype"]) == (False, "auto")
     assert identity.defaults["trainer.lr"] != identity.settings["trainer.lr"]
 
 
