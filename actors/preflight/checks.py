@@ -57,6 +57,21 @@ def data_problems(config: RunConfig, data: Sequence[DataSize]) -> Iterator[str]:
             f"recipe.quotas gives {kind!r} a share, but the training split of {', '.join(s.source for s in drawn)} has "
             f"none: it takes {needs}; add a source that has them ({example}), or set recipe.quotas.{kind}=0"
         )
+    yield from _too_short_scenes(config, drawn)
+
+
+def _too_short_scenes(config: RunConfig, drawn: Sequence[DataSize]) -> Iterator[str]:
+    """Scenes none of which has as many views as the largest view set, so that all of them would be left out."""
+    sets = config.recipe.view_set
+    if sets.scheme != "walks" or "view_set" not in wanted_kinds(config) or any(not size.scene_views for size in drawn):
+        return
+    longest = max((views for size in drawn for views in size.scene_views.get("train", ())), default=0)
+    if 0 < longest < sets.views[-1]:
+        yield (
+            f"recipe.view_set.views={sets.views}: a scene needs {sets.views[-1]} views for the largest set, and of "
+            f"{', '.join(size.source for size in drawn)} no training scene has more than {longest}: all would be left "
+            "out; lower recipe.view_set.views, or take scenes of more views (data.rooms.views for rooms)"
+        )
 
 
 def leak_problems(config: RunConfig) -> Iterator[str]:

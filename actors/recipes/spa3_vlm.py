@@ -29,12 +29,18 @@ from services.errors import WeightsError
 if TYPE_CHECKING:
     from actors.trainers.feed import Feed
 
+MODELS = "spa3-vlm-"
+"""What names of models begin with that this recipe trains."""
 LLM, ADAPTER, LANGUAGE = "llm", "adapter", "language"
 """Parts of a run, and what a run can start from: another run's, or (language) a published Qwen2.5-VL."""
 GEOMETRY: Mapping[str, tuple[str, str]] = {"vggt": ("views", "tokens"), "append": ("spa3r", "latents"),
                                            "cross": ("spa3r", "latents")}  # fmt: skip
 """``recipe.spa3_vlm.geometry`` -> encoder (key under ``encoders``) and output that the adapter reads."""
-_KINDS: Mapping[str, str] = {"none": NONE, "append": APPEND}
+
+
+def adapter_kind(geometry: str) -> str:
+    """The adapter's kind for a value of ``recipe.spa3_vlm.geometry``."""
+    return {"none": NONE, "append": APPEND}.get(geometry, CROSS)
 
 
 class VlmRecipe(Recipe):
@@ -45,6 +51,7 @@ class VlmRecipe(Recipe):
 
     def describe(self, role: str, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
         """A model for the run's tokenizer, vision tower and geometry."""
+        _check_model(self.config.model.name)
         self._check_init()
         given = {**self._tokens(facts), **self._geometry(facts), **self.config.model.overrides}
         settings = {**spec(self.config.model.name).defaults, **given}
@@ -79,7 +86,7 @@ class VlmRecipe(Recipe):
             settings |= {BASE: base} if base else {}
         if ADAPTER in init:
             assert module.adapter is not None, "without geometry there is no adapter to start from"
-            check_base(init[ADAPTER], module, settings.get(BASE, {}), init.get(LLM, RANDOM))
+            self._check_base(init[ADAPTER], module, settings.get(BASE))
             self._check_reads(ADAPTER, init[ADAPTER], module)
             load_part(module.adapter, init[ADAPTER])
         return Built(module=module, spec=spec(self.config.model.name).roles[0], settings=settings, weights=weights)
@@ -153,7 +160,7 @@ class VlmRecipe(Recipe):
         vlm = self.config.recipe.spa3_vlm
         form = vlm.adapter
         adapter = {
-            "kind": _KINDS.get(vlm.geometry, CROSS), "heads": form.heads, "projector": form.projector,
+            "kind": adapter_kind(vlm.geometry), "heads": form.heads, "projector": form.projector,
             "qk_norm": form.qk_norm, "norm": form.norm, "gate": form.gate,
         }  # fmt: skip
         if vlm.geometry not in GEOMETRY:
@@ -169,6 +176,19 @@ class VlmRecipe(Recipe):
         if ADAPTER in self.config.model.init and self.config.recipe.spa3_vlm.geometry == "none":
             raise ConfigError("model.init.adapter is for a model with geometry; recipe.spa3_vlm.geometry=none has none")
 
+    def _check_base(self, start: str, module: Spa3VLM, own: Mapping[str, Any] | None) -> None:
+        """WeightsError for the adapter of another language model than the run's, or than what that was made from."""
+        llm = self.config.model.init.get(LLM, RANDOM)
+        earlier = {} if llm == RANDOM else describe_pretrained(llm).get(BASE) or {}
+        check_base(
+            f"model.init.adapter={start}",
+            start,
+            module,
+            [own, earlier] if own else [],
+            remedy="begin with the same one (model.init.language, model.init.llm, or the same seed where it is "
+            "random), name the adapter of a run of this one, or leave it out",
+        )
+
     def _check_reads(self, key: str, start: str, module: Spa3VLM) -> None:
         """WeightsError when an adapter was trained on latents of other weights than the run's."""
         learnt, now = describe_pretrained(start).get(READS), self._reads()
@@ -181,10 +201,19 @@ class VlmRecipe(Recipe):
             )
 
 
+def _check_model(name: str) -> None:
+    """ConfigError for a model of another recipe, before its settings are compared with those of this one."""
+    if not name.startswith(MODELS) or name.startswith(f"{MODELS}{ADAPTER}"):
+        raise ConfigError(
+            f"model.name={name}: recipe spa3_vlm trains a {MODELS}* model with a language model; "
+            f"`loom3d models '{MODELS}*'` lists them"
+        )
+
+
 def _built(name: str, settings: Mapping[str, Any]) -> Spa3VLM:
+    _check_model(name)
     module = build(name, **settings)
-    if not isinstance(module, Spa3VLM):
-        raise ConfigError(f"model.name={name}: recipe spa3_vlm trains a spa3-vlm-* model")
+    assert isinstance(module, Spa3VLM), "the models of this name are"
     return module
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from actors.trainers.feed import Feed
 
 PART = "spa3r"
+MODELS = "spa3r-"
+"""What names of models begin with that this recipe trains."""
 ENCODERS: Mapping[str, str] = {GEO: "views", SEM: "semantic", CLIP: "clip"}
 """What is predicted -> the encoder (key under ``encoders``) that it is of."""
 
@@ -34,6 +36,7 @@ class Spa3rRecipe(Recipe):
 
     def describe(self, role: str, facts: Facts) -> dict[str, Any]:  # noqa: ARG002
         """A model for VGGT's channels, with a head for each target as wide as that target's encoder."""
+        self._check_model()
         spa3r = self.config.recipe.spa3r
         targets = {name: facts.outputs(ENCODERS[name])["tokens"].shape[-1] for name in spa3r.predict}
         return {
@@ -44,10 +47,10 @@ class Spa3rRecipe(Recipe):
         }
 
     def rebuild(self, role: str, settings: Mapping[str, Any]) -> Built:  # noqa: ARG002, D102
+        self._check_model()
         with seeded(self.config.seed):
             module = build(self.config.model.name, **settings)
-        if not isinstance(module, Spa3R):
-            raise ConfigError(f"model.name={self.config.model.name}: recipe spa3r_pretrain trains a spa3r-* model")
+        assert isinstance(module, Spa3R), "the models of this name are"
         unknown = sorted(set(self.config.model.init) - {PART})
         if unknown:
             raise ConfigError(f"model.init has {unknown[0]!r}; recipe spa3r_pretrain starts from {PART}")
@@ -76,3 +79,12 @@ class Spa3rRecipe(Recipe):
         from actors.recipes.spa3r_judge import judge
 
         return judge(self, trained[self.roles[0]], feed, folder, split=split, device=device)
+
+    def _check_model(self) -> None:
+        """ConfigError for a model of another recipe, before its settings are compared with those of this one."""
+        name = self.config.model.name
+        if not name.startswith(MODELS):
+            raise ConfigError(
+                f"model.name={name}: recipe spa3r_pretrain trains a {MODELS}* model; `loom3d models '{MODELS}*'` lists "
+                "them"
+            )

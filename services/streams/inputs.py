@@ -86,7 +86,8 @@ def _encoder_size(config: RunConfig, name: str) -> tuple[int, int]:
     if name not in config.encoders:
         raise ConfigError(
             f"recipe {config.recipe.name} reads encoders.{name}, which there is not; the config has "
-            f"{sorted(config.encoders)}: describe it with encoders.{name}.family and encoders.{name}.weights"
+            f"{sorted(config.encoders)}: choose an option of the group encoder that has it (configs/encoder), or "
+            f"describe it with encoders.{name}.family and encoders.{name}.weights"
         )
     return config.encoders[name].height, config.encoders[name].width
 

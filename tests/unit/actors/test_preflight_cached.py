@@ -12,9 +12,11 @@ from PIL import Image
 
 import configs
 from actors import preflight
+from actors.preflight.checks import data_problems
 from actors.preflight.encoders import record_bytes
 from actors.preflight.sizes import DataSize, data_sizes
 from actors.preflight.view_sets import describe_choices, drawn
+from configs import ConfigError
 from configs.schema import RunConfig
 from services.data.sources import run_index
 
@@ -94,6 +96,26 @@ def test_questions_that_are_not_made_yet_are_about_their_scenes(tmp_path: Path) 
     assert plan.cache.hit_rates[0] == 0.0
     alone = preflight.plan(configs.load([*base, "data.sources.captions.weight=0", "~data.sources.captions"]))
     assert alone.cache.encoders == {"visual": 80, "patches": 80, "views": 10, "spa3r": 10}
+
+
+def test_scenes_that_are_all_too_short_for_the_largest_set_are_refused(tmp_path: Path) -> None:
+    def problems(views: str) -> list[str]:
+        base = ["recipe=spa3r_pretrain", f"storage.root={tmp_path}", "data.rooms.scenes=10", "data.rooms.views=8"]
+        config = configs.load([*base, f"recipe.view_set.views={views}"])
+        return list(data_problems(config, data_sizes(config)))
+
+    assert problems("[4,8]") == []
+    (problem,) = problems("[4,9]")
+    assert problem.startswith("recipe.view_set.views=[4, 9]: a scene needs 9 views for the largest set, and of rooms")
+    assert "no training scene has more than 8: all would be left out; lower recipe.view_set.views" in problem
+
+
+def test_a_model_of_another_recipe_is_named_as_such(tmp_path: Path) -> None:
+    base = [f"storage.root={tmp_path}", "data.rooms.scenes=10", "data.rooms.views=8"]
+    with pytest.raises(ConfigError, match=r"model\.name=probe-tiny: recipe spa3r_pretrain trains a spa3r-\* model"):
+        preflight.plan(configs.load([*base, "recipe=spa3r_pretrain", "model.name=probe-tiny"]))
+    with pytest.raises(ConfigError, match=r"model\.name=probe-tiny: recipe spa3_vlm trains a spa3-vlm-\* model"):
+        preflight.plan(configs.load([*base, "recipe=spa3_vlm", "model.name=probe-tiny"]))
 
 
 def test_planned_sets_by_hand(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ EXTRA = {  # what an option cannot do without
     **{f"encoder/uniugg-frozen-{size}": ["recipe=uniugg_joint"] for size in ("tiny", "small", "paper")},
     # So do those of Spa3R and of the language model behind it.
     **{f"encoder/vggt-{size}": ["recipe=spa3r_pretrain"] for size in ("tiny", "small", "1b")},
-    **{f"encoder/semantic-{size}": ["recipe=spa3r_pretrain"] for size in ("tiny", "small", "large", "clip")},
+    **{
+        f"encoder/semantic-{size}": ["recipe=spa3r_pretrain"]
+        for size in ("tiny", "small", "large", "clip", "clip-tiny")
+    },
     **{f"encoder/spa3r-{size}": ["recipe=spa3_vlm"] for size in ("tiny", "small", "paper")},
     **{f"encoder/qwen-vision-{size}": ["recipe=spa3_vlm"] for size in ("tiny", "small", "3b", "7b")},
     "variant_of/spa3r_pretrain/released": ["recipe=spa3r_pretrain"],

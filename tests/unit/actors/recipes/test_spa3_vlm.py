@@ -338,6 +338,9 @@ def test_settings_that_do_not_belong_together(feed: Feed, root: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"tokens of 128 channels, the language model of spa3-vlm-small is 512 wide"):
         describe("model.name=spa3-vlm-small")
+    for name in ("spa3r-tiny", "spa3-vlm-adapter-tiny"):
+        with pytest.raises(ConfigError, match=rf"model\.name={name}: recipe spa3_vlm trains a spa3-vlm-\* model"):
+            describe(f"model.name={name}")
     with pytest.raises(ConfigError, match=r"model\.init has 'vae'; recipe spa3_vlm starts from llm, adapter, language"):
         describe("model.init.vae=random")
     with pytest.raises(ConfigError, match=r"recipe\.spa3_vlm\.geometry=none has none"):

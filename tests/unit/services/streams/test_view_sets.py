@@ -28,7 +28,7 @@ from services.features.view_sets import set_requests
 from services.features.why import why
 from services.streams.collate import Collate
 from services.streams.columns import column_specs
-from services.streams.inputs import kind_inputs
+from services.streams.inputs import kind_inputs, used_encoders
 from services.streams.loader import Loader
 from services.streams.plan import EpochPlan
 from services.streams.requests import column_requests
@@ -348,3 +348,14 @@ def test_a_broken_picture_breaks_the_sets_that_hold_it(config, manifest, tmp_pat
     assert isinstance(good, dict)
     assert isinstance(nothing, DataError)
     assert "empty.mp4" in str(nothing)
+
+
+def test_clip_as_a_target_is_an_option_of_the_encoders(tmp_path: Path) -> None:
+    base = ["recipe=spa3r_pretrain", "size=tiny", f"storage.root={tmp_path}", "recipe.spa3r.predict=[geo,clip]"]
+    with pytest.raises(ConfigError, match=r"reads encoders\.clip.*choose an option of the group encoder"):
+        kind_inputs(configs.load(base))
+    chosen = configs.load([*base, "encoder=[vggt-tiny,semantic-clip-tiny]"])
+    assert {"views", "clip"} <= set(used_encoders(chosen))
+    assert "semantic" not in used_encoders(chosen)
+    grid = {name: (chosen.encoders[name].height, chosen.encoders[name].width) for name in ("patches", "clip")}
+    assert (grid["patches"][0] // 14, grid["patches"][1] // 14) == (grid["clip"][0] // 16, grid["clip"][1] // 16)
