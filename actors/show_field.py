@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,16 @@ import configs
 from actors.evaluate import check_unchanged, load_trained
 from actors.parts import check_recipe, open_run
 from actors.recipes import open_recipe
-from actors.recipes.base import every_batch
+from actors.recipes.pictures import FOLDER as PICTURES
 from actors.recipes.pictures import LIST, Album
+from actors.recipes.samples import load_samples
 from actors.recipes.spa3r_judge import FieldScores, counted, look
 from actors.recipes.spa3r_pictures import Shown, draw_field
 from actors.trainers.feed import Feed
 from configs import ConfigError, RunConfig
 from models.spa3r.model import Spa3R
-from models.spa3r.spec import VIEW_SET
-from services.contracts import Split
+from services.contracts import PlanSample, Split
+from services.data.manifest import Manifest
 from services.errors import DataError
 from services.features.client import FeatureClient
 from services.features.encode import pin_weights
@@ -39,7 +42,7 @@ class Drawn:
     folder: Path
     pictures: int
     cosines: dict[str, float]
-    """Target -> mean cosine at the unseen views of the sets that were read."""
+    """Target -> mean cosine at the unseen views of the sets that were read, of ``--scene`` alone where it is given."""
 
 
 def run(args: argparse.Namespace) -> Drawn:
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> Drawn:
     saved = configs.load(file=folder / "config.yaml")
     check_unchanged(saved, config)
     out = Path(args.out).expanduser().absolute() if args.out else folder / FOLDER
+    _check_out(out)
     return draw(pin_weights(config), folder, out, split=Split(args.split), scene=args.scene, sets=args.sets)
 
 
@@ -78,18 +82,17 @@ def draw(config: RunConfig, folder: Path, out: Path, *, split: Split, scene: str
         module = trained[recipe.roles[0]].module.to(device)
         assert isinstance(module, Spa3R), "the recipe makes a Spa3R"
         scores, shown = FieldScores(), list[Shown]()
-        for batch, samples in every_batch(feed, split, VIEW_SET):
-            kept, own = counted(batch, samples, device)
-            if not any(_is_of(sample.source, sample.item, scene) for sample in own):
-                continue
-            seen = look(module, kept, config.recipe.spa3r.predict)
-            scores.update(seen)
-            shown += [found for found in Shown.of(kept, seen, own) if not scene or _is_of(*_parts(found.name), scene)]
+        for wanted in _micro_batches(feed, split, scene):
+            for batch, samples in load_samples(feed, wanted, split=split, batch_size=len(wanted)):
+                kept, own = counted(batch, samples, device)
+                if own:
+                    seen = look(module, kept, config.recipe.spa3r.predict)
+                    scores.update(seen)
+                    shown += Shown.of(kept, seen, own)
             if len(shown) >= sets:
                 break
     if not shown:
-        where = f"scene {scene!r} of " if scene else ""
-        raise DataError(f"{where}the {split.value} split has no view set that can be read; see recipe.view_set.views")
+        raise DataError(_nothing(manifests, split, scene))
     album = Album(out)
     for example in shown[:sets]:
         draw_field(album, example)
@@ -98,10 +101,44 @@ def draw(config: RunConfig, folder: Path, out: Path, *, split: Split, scene: str
     return Drawn(folder=out / LIST, pictures=len(shown[:sets]), cosines=cosines)
 
 
-def _parts(name: str) -> tuple[str, str]:
-    source, _, item = name.partition("/")
-    return source, item
+def _check_out(out: Path) -> None:
+    """ConfigError for a folder whose ``pictures`` are others than those of an earlier call, which are replaced."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    if (out / "config.yaml").is_file():
+        raise ConfigError(f"--out {out} is a run, whose {PICTURES!r} are those of its report; choose another folder")
+    if (out / PICTURES).exists() and not (out / LIST).is_file():
+        raise ConfigError(
+            f"--out {out} holds {PICTURES!r}, which show-field did not write (there is no {LIST} beside it) and would "
+            "replace; choose another folder"
+        )
 
 
-def _is_of(source: str, item: str, scene: str) -> bool:
-    return not scene or scene in (item, f"{source}/{item}")
+def _micro_batches(feed: Feed, split: Split, scene: str) -> Iterator[list[PlanSample]]:
+    """The view sets of a split (of ``scene``), in order, as many at once as the plan has in a micro-batch: these have
+    one number of views. Others are not read.
+    """
+    plan = feed.plan(split, complete=True)
+    for step in range(plan.steps_per_epoch):
+        for batch in plan.step(step).micro_batches:
+            found = [sample for sample in batch.samples if sample.weight > 0 and _is_of(sample, scene)]
+            if found:
+                yield found
+
+
+def _is_of(sample: PlanSample, scene: str) -> bool:
+    return not scene or scene in (sample.item, f"{sample.source}/{sample.item}")
+
+
+def _nothing(manifests: Mapping[str, Manifest], split: Split, scene: str) -> str:
+    """Why there is nothing to draw."""
+    splits = {(source, entry.id): entry.split for source, manifest in manifests.items() for entry in manifest.entries}
+    found = [own for (source, item), own in splits.items() if scene in (item, f"{source}/{item}")]
+    if found and split not in found:
+        return f"--scene {scene} is of the {found[0].value} split: add --split {found[0].value}"
+    if scene and not found:
+        held = [item for (_, item), own in splits.items() if own is split]
+        near = difflib.get_close_matches(scene.rpartition("/")[2], held, 3, 0.4) or held[:5]
+        return f"--scene {scene}: the run's data has no such scene; the {split.value} split has {', '.join(near)} ..."
+    where = f"scene {scene!r} of " if scene else ""
+    return f"{where}the {split.value} split has no view set that can be read; see recipe.view_set.views"

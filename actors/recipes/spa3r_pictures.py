@@ -81,7 +81,10 @@ def draw_field(album: Album, shown: Shown) -> None:
         rows.append(hstack([_tile(tile) for tile in tiles]))
     rows.insert(0, _heads(names, [_tile(tile).shape[1] for tile in tiles]))
     what = [f"{TITLES[name]} features, there and predicted" for name in colours]
-    what += ["depth by VGGT and by the probe (near is bright)"] if shown.depth is not None else []
+    if shown.depth is not None:
+        what.append(
+            "depth by VGGT and by the probe (near is bright; each row from the nearest to the farthest by VGGT)"
+        )
     gap = np.full((2, rows[0].shape[1], 3), 255, np.uint8)
     album.add(
         np.concatenate([part for line in rows for part in (line, gap)][:-1]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,52 @@ def test_the_field_is_drawn_beside_what_is_there(finished: driver.RunResult, fol
     # The picture, two pairs of features and a pair of depths, 112 pixels high each.
     assert picture.shape[1] >= 7 * 112
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
-    assert main(["show-field", *args[:2], "--scene", "nowhere", "--split", "val"]) == 2
+
+
+def test_a_field_is_drawn_of_one_scene_and_nothing_else_is_read(
+    finished: driver.RunResult, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.load(settings(folder, "name=field"))
+    (manifest,) = open_sources(config).values()
+    held = {split: [entry.id for entry in manifest.entries if entry.split is split] for split in Split}
+    wanted, read = held[Split.TRAIN][-1], list[str]()
+    loaded = show_field.load_samples
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        for batch, samples in loaded(*args, **kwargs):
+            read.extend(sample.item for sample in samples)
+            yield batch, samples
+
+    monkeypatch.setattr(show_field, "load_samples", noted)
+    of_train = ["show-field", "--run", str(finished.folder), "--split", "train", "--out", str(folder / "drawn")]
+    assert main([*of_train, "--scene", f"scannet/{wanted}"]) == 0
+    assert read == [wanted] * 2, "its two sets"
+    listed = json.loads((folder / "drawn/pictures.json").read_text())
+    assert [entry["title"] for entry in listed] == [f"scannet/{wanted}, {n} views seen" for n in (1, 2)]
+    assert main([*of_train, "--scene", wanted]) == 0, "what it wrote itself is replaced"
+    capsys.readouterr()
+    assert main([*of_train, "--scene", held[Split.TEST][0]]) == 2
+    assert "is of the test split: add --split test" in capsys.readouterr().err
+    assert main([*of_train, "--scene", f"{wanted}x"]) == 2
+    assert f"no such scene; the train split has {wanted}" in capsys.readouterr().err
+
+
+def test_drawing_a_field_never_replaces_pictures_of_others(
+    finished: driver.RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home/pictures").mkdir(parents=True)
+    (tmp_path / "home/pictures/holiday.jpg").write_bytes(b"x")
+    (tmp_path / "note").write_text("x")
+    before = (finished.folder / "pictures.json").read_bytes()
+    for out, message in (
+        (tmp_path / "home", "holds 'pictures', which show-field did not write"),
+        (finished.folder, "is a run, whose 'pictures' are those of its report"),
+        (tmp_path / "note", "is a file; name a folder"),
+    ):
+        assert main(["show-field", "--run", str(finished.folder), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "home/pictures/holiday.jpg").read_bytes() == b"x"
+    assert (finished.folder / "pictures.json").read_bytes() == before
 
 
 def test_a_second_run_encodes_nothing_again(finished: driver.RunResult, folder: Path) -> None:

@@ -127,7 +127,8 @@ class CorpusReader(Reader):
         return {key: Split(name) for key, name in first.items() if name in set(Split)}
 
     def prepare(self) -> None:
-        """List the records: that reads the file they all lie in."""
+        """List the records: that reads the file they all lie in. ConfigError for settings of videos that cannot be."""
+        Videos.from_options({**CorpusReader.options, **self._options})
         self.all_ids()
 
     def read_one(self, scene_id: str, notes: Notes) -> Item:

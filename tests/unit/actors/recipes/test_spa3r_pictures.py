@@ -41,6 +41,7 @@ def test_rows_are_views_and_columns_are_named(tmp_path: Path) -> None:
     album.save()
     (entry,) = json.loads((tmp_path / "pictures.json").read_text())
     assert "Unseen views 3, 5, one a row" in entry["caption"]
+    assert "each row from the nearest to the farthest by VGGT" in entry["caption"]
     picture = np.asarray(Image.open(tmp_path / entry["file"]))
     width = round(112 * TILE / 84)
     assert picture.shape == (HEAD + 2 * (GAP + TILE), 7 * width + 6 * GAP, 3)

@@ -102,6 +102,12 @@ def test_a_folder_of_frames_is_a_video_at_one_frame_a_second(tmp_path: Path) -> 
     assert [Path(ref.path).stem for ref in evaluation.images] == [str(n) for n in range(12)]
 
 
+def test_settings_of_videos_are_refused_before_any_record_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [asks("What?")])
+    with pytest.raises(ConfigError, match=r"^options\.least_frames=9 must not be above options\.most_frames=8"):
+        corpus(path, least_frames=9).prepare()
+
+
 def test_turns_may_be_written_with_role_and_content(tmp_path: Path) -> None:
     folder(tmp_path / "walk", 4)
     turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "A door."}]
