@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from actors.asked import CAPTION, Answer, Asked, Features
+from actors.asked import CAPTION, Answer, Asked, Features, answered
 from actors.generate import device_of, given_parts
 from actors.parts_vlm import open_vlm
 from actors.references import find_images
@@ -218,16 +219,7 @@ def answer(scene: SeenScene, config: RunConfig, read: Read, questions: Sequence[
     """
     text = FrameColumns(config)
     prompts = [prompt(text, kind_inputs(config)[CONVERSATION], read.record, question) for question in questions]
-    found = scene.answers(
-        prompts,
-        max_new_tokens=config.generate.max_new_tokens,
-        stop={text.end_of_turn},
-        batch_size=config.generate.batch_size,
-    )
-    return [
-        Answer(question=question, answer=text.decode(ids).strip())
-        for question, ids in zip(questions, found, strict=True)
-    ]
+    return answered(questions, partial(scene.answers, prompts), text, config)
 
 
 def prompt(text: FrameColumns, inputs: KindInputs, record: Record, question: str) -> list[int]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from actors.asked import CAPTION, Answer, Asked
+from actors.asked import CAPTION, Answer, Asked, answered
 from actors.generate import choose_poses, device_of, given_parts, imagine, pose_options
 from actors.parts import open_pipeline, text_columns
 from actors.references import Picture, pose_between, read_picture, read_pictures
@@ -113,14 +114,4 @@ def answer(
         text.question([Turn(role="user", text=question)], len(tokens))["input_ids"].data.tolist()
         for question in questions
     ]
-    found = pipeline.generate_text(
-        ids,
-        tokens,
-        max_new_tokens=config.generate.max_new_tokens,
-        stop={text.end_of_turn},
-        batch_size=config.generate.batch_size,
-    )
-    return [
-        Answer(question=question, answer=text.decode(part).strip())
-        for question, part in zip(questions, found, strict=True)
-    ]
+    return answered(questions, partial(pipeline.generate_text, ids, tokens), text, config)

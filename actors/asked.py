@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from configs import ConfigError
+from configs import ConfigError, RunConfig
 from models.text.template import IMAGE_MARK
 from services.data.readers.corpus_video import VIDEO_MARK
 from services.errors import DataError
+
+if TYPE_CHECKING:
+    from services.streams.text import TextColumns
 
 CAPTION = ("Describe the picture in a few words.", "Describe the place in one sentence.")
 """What ``--caption`` asks of one picture, and of several: as the conversations made of scenes ask it."""
@@ -56,6 +59,24 @@ class Asked:
         if self.features is not None:
             made["features"] = {"cached": self.features.cached, "computed": self.features.computed}
         return made | ({"remarks": list(self.remarks)} if self.remarks else {})
+
+
+def answered(
+    questions: Sequence[str], generate: Callable[..., Sequence[Sequence[int]]], text: TextColumns, config: RunConfig
+) -> list[Answer]:
+    """Greedy answers in words, of at most ``generate.max_new_tokens`` tokens, up to the end of turn.
+
+    ``generate`` gives the token ids of each question's answer for ``max_new_tokens``, ``stop`` and ``batch_size``.
+    """
+    found = generate(
+        max_new_tokens=config.generate.max_new_tokens,
+        stop={text.end_of_turn},
+        batch_size=config.generate.batch_size,
+    )
+    return [
+        Answer(question=question, answer=text.decode(ids).strip())
+        for question, ids in zip(questions, found, strict=True)
+    ]
 
 
 def read_questions(given: Sequence[str], file: str) -> list[str]:
