@@ -135,16 +135,11 @@ def judge_answers(
             continue
         scores = {name: score(asked, given, benchmark) for name, given in answers.items()}
         blind = blind_baseline(learnt.get(source, []), [one.question for one in asked], benchmark)
-        guessed = headline(
-            benchmark, blind.numbers, {kind: blind.scores[kind][way] for kind, way in blind.best.items()}
-        )
-        values = [_headline(benchmark, found) for found in scores.values()]
-        label = guessed[0] if list(benchmarks.values()).count(benchmark) == 1 else f"{guessed[0]} ({source})"
-        also = dict(zip(list(models)[1:], values[1:], strict=True))
-        bar = UNTAUGHT if set(blind.untrained) == set(blind.best) else BLIND
+        label, judged_row = _beside(benchmark, scores, blind)
+        label = label if list(benchmarks.values()).count(benchmark) == 1 else f"{label} ({source})"
         replies = [one.answered(next(iter(answers.values()))[one.question.id]) for one in asked]
         told = protocol_of(judge.config, source, benchmark, replies, possible=len(all_asked))
-        metrics[f"answers/{label}"] = row(values[0], guessed[1], bar, "higher", **also) | {"protocol": told}
+        metrics[f"answers/{label}"] = judged_row | {"protocol": told}
         _tables(album, source, asked, answers, scores, blind)
         if is_benchmark(judge.config, source):
             found = next(iter(scores.values()))
@@ -162,13 +157,18 @@ def _variant(
     benchmark: str, asked: Sequence[Asked], answers: Mapping[str, Mapping[str, str]], learnt: Sequence[Question]
 ) -> dict[str, Any]:
     """The same answers by another definition of their benchmark's score, beside the same bar by that definition."""
-    values = {name: _headline(benchmark, score(asked, given, benchmark)) for name, given in answers.items()}
-    blind = blind_baseline(learnt, [one.question for one in asked], benchmark)
+    scores = {name: score(asked, given, benchmark) for name, given in answers.items()}
+    return _beside(benchmark, scores, blind_baseline(learnt, [one.question for one in asked], benchmark))[1]
+
+
+def _beside(benchmark: str, scores: Mapping[str, Scorer], blind: BlindBaseline) -> tuple[str, dict[str, Any]]:
+    """What the benchmark's score is called, and the first model's beside those of the others and of guessing."""
+    values = {name: _headline(benchmark, found) for name, found in scores.items()}
     best = {kind: blind.scores[kind][way] for kind, way in blind.best.items()}
+    label, guessed = headline(benchmark, blind.numbers, best)
     first, *others = values
-    also = {name: values[name] for name in others}
     bar = UNTAUGHT if set(blind.untrained) == set(blind.best) else BLIND
-    return row(values[first], headline(benchmark, blind.numbers, best)[1], bar, "higher", **also)
+    return label, row(values[first], guessed, bar, "higher", **{name: values[name] for name in others})
 
 
 def headline(benchmark: str, numbers: Mapping[str, float], by_type: Mapping[str, float]) -> tuple[str, float]:
