@@ -7,7 +7,7 @@ from pathlib import Path
 
 from actors.parts import part_folder
 from actors.recipes.spa3_vlm import ADAPTER, GEOMETRY, LLM
-from actors.recipes.spa3_vlm_base import BASE
+from actors.recipes.spa3_vlm_base import BASE, check_base
 from configs import ConfigError, RunConfig
 from models.encoders.uniugg import READS
 from models.errors import WeightsError
@@ -73,17 +73,9 @@ def _put_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path, llm:
         raise ConfigError(
             f"--part {ADAPTER}: the model has none (recipe.spa3_vlm.geometry={config.recipe.spa3_vlm.geometry})"
         )
-    described, behind = describe_pretrained(place), describe_pretrained(llm).get(BASE) or {}
-    settings, base = described["settings"], described.get(BASE) or {}
-    own = {"width": pipeline.llm.width, "latent_channels": pipeline.llm.latent_channels}
-    other = {key: settings.get(key) for key in own if settings.get(key) != own[key]}
-    if other:
-        raise WeightsError(f"{place} is an adapter for another base: it has {other}, the run's model has {own}")
-    if base and behind and base["sha256"] != behind["sha256"]:
-        raise WeightsError(
-            f"{place} is an adapter for another base: it was trained behind {base['from']} (sha256 "
-            f"{base['sha256'][:16]}...), {llm} began with {behind['from']} (sha256 {behind['sha256'][:16]}...)"
-        )
+    behind = describe_pretrained(llm).get(BASE) or {}
+    remedy = "name that of a run that began with this language model"
+    check_base(str(place), place, pipeline.llm, [behind], remedy=remedy)
     _check_reads(config, place)
     load_part(adapter, place)
 

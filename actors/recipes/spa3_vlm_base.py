@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from models.encoders.weights import RANDOM
 from models.pretrained import describe_pretrained
 from models.spa3r.vlm.model import Spa3VLM
 from models.spa3r.vlm.qwen import HEAD, TEXT
@@ -53,33 +53,35 @@ def _some(weight: Tensor) -> bytes:
     return flat[chosen.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
-def check_base(start: str, module: Spa3VLM, own: Mapping[str, Any], llm: str) -> None:
-    """WeightsError unless the adapter of folder ``start`` was trained behind the run's language model.
+def check_base(
+    name: str, place: str | Path, module: Spa3VLM, bases: Sequence[Mapping[str, Any]], *, remedy: str
+) -> None:
+    """WeightsError unless the adapter of folder ``place`` was trained behind the run's language model.
 
-    That is the one that its run began with, or what that run has made of it. A part that says nothing of its base is
-    checked by width alone.
+    A part that says nothing of its base, or a language model of which nothing is known, is checked by width alone.
 
     Args:
-        start: ``model.init.adapter``.
+        name: of the adapter in messages.
+        place: its folder.
         module: of the run.
-        own: its :func:`base_of`.
-        llm: ``model.init.llm``, "random" without.
+        bases: :func:`base_of` what the run began with; then of what else will do, such as a run that it goes on from.
+            {} where that is not known.
+        remedy: what to do.
     """
-    described = describe_pretrained(start)
+    described = describe_pretrained(place)
     settings, base = described["settings"], described.get(BASE) or {}
     sizes = {"width": module.width, "latent_channels": module.latent_channels}
     other = {key: settings.get(key) for key in sizes if settings.get(key) != sizes[key]}
     if other:
         raise WeightsError(
-            f"model.init.adapter={start} is for another base: it has {other}, the run's language model and latents "
-            f"have { {key: sizes[key] for key in other} }; leave it out, or name the adapter of a run of this size"
+            f"{name} is an adapter for another base: it has {other}, the run's language model and latents have "
+            f"{ {key: sizes[key] for key in other} }; {remedy}"
         )
-    fit = [own, {} if llm == RANDOM else describe_pretrained(llm).get(BASE) or {}]
-    if base and own and base["sha256"] not in [found.get("sha256") for found in fit]:
+    known = [found for found in bases if found]
+    if base and known and base["sha256"] not in [found["sha256"] for found in known]:
         raise WeightsError(
-            f"model.init.adapter={start} is for another base: it was trained behind {_said(base)}; the run's language "
-            f"model is {_said(own)}. Begin with the same one (model.init.language, model.init.llm, or the same seed "
-            "where it is random), or leave the adapter out"
+            f"{name} is an adapter for another base: it was trained behind {_said(base)}; the run's language model is "
+            f"{_said(known[0])}; {remedy}"
         )
 
 

@@ -290,7 +290,7 @@ def test_parts_are_saved_and_start_another_run(feed: Feed, root: Path, tmp_path:
     assert all(torch.equal(value, own[name]) for name, value in again.items())
     adapted = started(f"model.init.adapter={weights / 'adapter'}").module.state_dict()
     assert torch.equal(adapted["adapter.mlp.fc2.weight"], own["adapter.mlp.fc2.weight"])
-    with pytest.raises(WeightsError, match=r"is for another base: it was trained behind random \(seed 0\)"):
+    with pytest.raises(WeightsError, match=r"is an adapter for another base: it was trained behind random \(seed 0\)"):
         started(f"model.init.adapter={weights / 'adapter'}", "seed=3")
     # Latents of other weights.
     encoders = dict(feed.config.encoders)
@@ -302,7 +302,7 @@ def test_parts_are_saved_and_start_another_run(feed: Feed, root: Path, tmp_path:
     described = json.loads((weights / "adapter" / CONFIG).read_text())
     described["settings"]["width"] = 64
     (weights / "adapter" / CONFIG).write_text(json.dumps(described))
-    with pytest.raises(WeightsError, match=r"is for another base: it has {'width': 64}.*{'width': 128}"):
+    with pytest.raises(WeightsError, match=r"is an adapter for another base: it has {'width': 64}.*{'width': 128}"):
         started(f"model.init.adapter={weights / 'adapter'}")
 
 

@@ -117,7 +117,7 @@ def test_an_older_part_is_checked_by_width(places: dict[str, Path], tmp_path: Pa
     rebuilt(run_of(language=places["second"], adapter=adapter))
     described["settings"]["width"] = 64
     (adapter / CONFIG).write_text(json.dumps(described))
-    with pytest.raises(WeightsError, match=r"is for another base: it has {'width': 64}.*{'width': 32}"):
+    with pytest.raises(WeightsError, match=r"is an adapter for another base: it has {'width': 64}.*{'width': 32}"):
         rebuilt(run_of(language=places["second"], adapter=adapter))
 
 
