@@ -104,7 +104,8 @@ def _open(config: RunConfig, revalidate: bool, progress: Progress | None) -> dic
                     name, config, {of: manifest for of, (manifest, _) in opened.items()}, progress
                 )
             else:
-                resolved = resolve_source(source, config.data.rooms, config.storage)
+                with _settings_of(name):
+                    resolved = resolve_source(source, config.data.rooms, config.storage)
                 if not source.root and (revalidate or not manifest_path(name, resolved, config.storage).exists()):
                     ensure_rooms(config.data.rooms, config.storage, _naming("making rooms", progress))
             manifest, report = index_source(
@@ -169,7 +170,8 @@ def index_source(
     started = time.monotonic()
     root = Path(source.root).expanduser().absolute()
     storage_root = Path(storage.root).expanduser()
-    reader = open_reader(root, source, cache=storage_root / "data" / "derived" / name)
+    with _settings_of(name):
+        reader = open_reader(root, source, cache=storage_root / "data" / "derived" / name)
     settings = settings_digest(source, root, reader.version)
     path = manifest_path(name, source, storage)
     with exclusive(path.with_suffix(".lock")):
@@ -177,7 +179,8 @@ def index_source(
         if old is not None and not revalidate:
             return old, _report(source, path, old, None, len(old), started)
         changes = old.revalidate(workers) if old is not None else None
-        reader.prepare()
+        with _settings_of(name):
+            reader.prepare()
         keep = _unchanged(reader, changes)
         if changes is not None and keep == changes.manifest.ids == reader.list_ids():
             manifest = changes.manifest
@@ -195,6 +198,15 @@ def index_source(
         if changes is None or changes.touched or manifest is not changes.manifest:
             manifest.save(path)
     return manifest, _report(source, path, manifest, changes, len(keep), started)
+
+
+@contextmanager
+def _settings_of(name: str) -> Iterator[None]:
+    """A reader knows its settings, but not what its source is called: what it refuses gets the whole key."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.sources.{name}.{error}") from error
 
 
 def resolve_source(source: SourceConfig, rooms: RoomsConfig, storage: StorageConfig) -> SourceConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,22 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "s/scans/scene0/intrinsic/intrinsic_color.txt").unlink()
     with pytest.raises(DataError, match="none of the 1 scenes or items can be read"):
         open_sources(run(tmp_path / "storage", max_broken=1.0, mine=source))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"format": "benchmark", "options": {"name": "blnk"}}, "data.sources.bench.options.name='blnk' is not one of"),
+        ({"format": "benchmark", "options": {"nmae": "blink"}}, "data.sources.bench.options.nmae is unknown"),
+        ({"format": "benchmrk"}, "data.sources.bench.format='benchmrk' is not one of"),
+    ],
+)
+def test_what_a_reader_refuses_has_its_whole_key(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_sources(run(tmp_path / "storage", bench=SourceConfig(root=str(tmp_path), **settings)))
+    assert str(caught.value).startswith(said)
+    with pytest.raises(ConfigError, match=r"data\.sources\.bench\.root is empty; a source of format 'scannet'"):
+        open_sources(run(tmp_path / "storage", bench=SourceConfig(format="scannet")))
 
 
 def test_splits_limit_and_stride(tmp_path: Path) -> None:
