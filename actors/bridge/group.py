@@ -5,9 +5,10 @@ from thread to thread costs as much as the message; another thread looks every n
 and kills the group when it is not. Receives are posted before they are needed: gloo sends only what is being received,
 so a message arrives while its receiver computes, and its latency is that of a plain send and receive.
 
-A message is one *block* (counts, sizes, header) and its parts. Both sides know the largest part that came at each place
-so far; the receiver has a buffer of that capacity posted. A part that is larger makes the sender fill that buffer with
-one byte, and travels on its own; from then on the capacity is larger.
+A message is its parts and, behind them, one *block* (counts, sizes, header): where the block is, the parts mostly are,
+so that the receiver, which waits for the block first, is woken once a message. Both sides know the largest part that
+came at each place so far; the receiver has a buffer of that capacity posted. A larger part makes the sender fill that
+buffer with one byte, and travels on its own; from then on the capacity is larger.
 """
 
 from __future__ import annotations
@@ -92,16 +93,17 @@ class GroupTransport:
             spill = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         fixed = _FIXED.pack(len(header), len(sizes), int(spilled))
         block = bytearray(fixed + struct.pack(f"<{len(sizes)}Q", *sizes) + (b"" if spilled else header))
+        if not self._nccl:
+            for index, part in enumerate(parts):
+                if part.numel():
+                    self._send_part(to, index, part.cpu())
         self._post(to, torch.frombuffer(block, dtype=torch.uint8), _HEAD_TAG)
         if spilled:
             self._post(to, spill, _LARGE_TAG + _MAX_PARTS)
-        for index, part in enumerate(parts):
-            if not part.numel():
-                continue
-            if self._nccl:
-                self._keep(to, self._direction(self.place, to).send([part], to, 0), part)
-            else:
-                self._send_part(to, index, part.cpu())
+        if self._nccl:  # only now: its first send waits for the peer, which receives when it has read the block
+            for part in parts:
+                if part.numel():
+                    self._keep(to, self._direction(self.place, to).send([part], to, 0), part)
         return self._numbers[to]
 
     def _send_part(self, to: int, index: int, part: Tensor) -> None:
@@ -143,7 +145,7 @@ class GroupTransport:
         return self._group.recv([torch.empty(1, dtype=torch.uint8)], source, _NEVER_TAG)
 
     def receive(self, source: int, read: Callable[[bytes], Any] = bytes) -> Message:
-        """The next message of ``source``. Its header is read while its parts come."""
+        """The next message of ``source``. Its header is read while the parts come that are larger than any before."""
         incoming = self._in[source]
         if incoming.broken is not None:
             raise self._lost(source, incoming.broken)
@@ -163,7 +165,7 @@ class GroupTransport:
 
     def _block(self, source: int, incoming: _Incoming) -> tuple[bytes, tuple[int, ...]]:
         """Header and sizes of the parts, from the block that came."""
-        block = incoming.block.numpy().data
+        block = incoming.view
         length, count, spilled = _FIXED.unpack_from(block)
         if length > _MAX_HEADER or count >= _MAX_PARTS:
             raise BridgeError(f"what place {source} sent is no message (header of {length} bytes, {count} parts)")
@@ -244,6 +246,7 @@ class _Incoming:
 
     def __init__(self) -> None:
         self.block = torch.empty(BLOCK, dtype=torch.uint8)
+        self.view = self.block.numpy().data
         self.work: Any = None
         self.broken: RuntimeError | None = None
         self.capacities = _Capacities()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from actors.bridge import group
 from actors.bridge.group import BLOCK, GroupTransport
 from services.errors import BridgeError, PeerLostError
 
@@ -51,23 +52,58 @@ def parts_of(*sizes: int) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
 
 
-def test_messages_of_any_size_arrive_whole_and_in_order(pair: tuple[GroupTransport, GroupTransport]) -> None:
-    """Small after large, large after small, empty, more and fewer parts: what is posted never fits by accident."""
+@pytest.mark.parametrize("ahead", [1, 3, 12])
+def test_messages_of_any_size_arrive_whole_and_in_order(
+    pair: tuple[GroupTransport, GroupTransport], ahead: int
+) -> None:
+    """Small after large, large after small, empty, more and fewer parts: what is posted never fits by accident.
+
+    With one message ahead its parts mostly find their buffers posted, with more of them they overtake that.
+    """
     one, other = pair
     story = [(5,), (5,), (4,), (3000,), (3000, 1), (2, 70_000, 0), (), (0,), (70_000,), (1, 1, 1), (3001,), (8, 90_000)]
     sent = [(f"message {number}".encode(), parts_of(*sizes)) for number, sizes in enumerate(story)]
-    for header, parts in sent:
-        one.send(1, header, parts)
-        other.send(0, header[::-1], parts[::-1])
-    for header, parts in sent:
-        for transport, source, head, expected in ((other, 0, header, parts), (one, 1, header[::-1], parts[::-1])):
-            came = transport.receive(source)
-            assert came.header == head
-            assert len(came.parts) == len(expected)
-            assert all(torch.equal(a, b) for a, b in zip(came.parts, expected, strict=True))
-            came.release()
+    for begin in range(0, len(sent), ahead):
+        for header, parts in sent[begin : begin + ahead]:
+            one.send(1, header, parts)
+            other.send(0, header[::-1], parts[::-1])
+        for header, parts in sent[begin : begin + ahead]:
+            for transport, source, head, expected in ((other, 0, header, parts), (one, 1, header[::-1], parts[::-1])):
+                came = transport.receive(source)
+                assert came.header == head
+                assert len(came.parts) == len(expected)
+                assert all(torch.equal(a, b) for a, b in zip(came.parts, expected, strict=True))
+                came.release()
     one.flush()
     other.flush()
+
+
+def test_the_block_goes_behind_the_parts(
+    pair: tuple[GroupTransport, GroupTransport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its receiver, which waits for the block first, is woken once a message and finds the parts there."""
+    one, other = pair
+    tags: list[int] = []
+    post = one._post
+
+    def noted(to: int, data: torch.Tensor, tag: int) -> None:
+        tags.append(tag)
+        post(to, data, tag)
+
+    monkeypatch.setattr(one, "_post", noted)
+    story = [
+        ((9, 7), [group._LARGE_TAG, group._LARGE_TAG + 1, group._HEAD_TAG]),  # nothing is posted for a first message
+        ((9, 3), [group._POSTED_TAG, group._POSTED_TAG + 1, group._HEAD_TAG]),
+        ((300, 0), [group._POSTED_TAG, group._LARGE_TAG, group._HEAD_TAG]),  # a byte for the buffer that was too small
+        ((300, 7), [group._POSTED_TAG, group._POSTED_TAG + 1, group._HEAD_TAG]),
+        ((), [group._HEAD_TAG]),
+    ]
+    for sizes, expected in story:
+        tags.clear()
+        parts = parts_of(*sizes)
+        one.send(1, b"", parts)
+        assert tags == expected
+        assert all(torch.equal(a, b) for a, b in zip(other.receive(0).parts, parts, strict=True))
 
 
 def test_a_message_that_is_kept_is_not_overwritten(pair: tuple[GroupTransport, GroupTransport]) -> None:
@@ -116,10 +152,22 @@ def test_a_peer_that_closes_is_lost(pair: tuple[GroupTransport, GroupTransport])
         other.receive(0)
 
 
+def test_a_peer_that_ends_within_a_message_is_lost(pair: tuple[GroupTransport, GroupTransport]) -> None:
+    """Its parts came, the block behind them never does."""
+    one, other = pair
+    one.send(1, b"whole", parts_of(8))
+    assert other.receive(0).header == b"whole"
+    one._send_part(1, 0, parts_of(8)[0])
+    one.flush()
+    one.close()
+    with pytest.raises(PeerLostError, match=r"place 0: .*Connection (closed|reset) by peer"):
+        other.receive(0)
+
+
 def test_bytes_that_are_no_message_are_refused(pair: tuple[GroupTransport, GroupTransport]) -> None:
     one, other = pair
-    group: Any = one._group
-    group.send([torch.full((20,), 255, dtype=torch.uint8)], 1, 1)
+    gloo: Any = one._group
+    gloo.send([torch.full((20,), 255, dtype=torch.uint8)], 1, 1)
     with pytest.raises(BridgeError, match="is no message"):
         other.receive(0)
 
