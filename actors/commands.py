@@ -44,6 +44,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    from actors.report.units import with_unit
+
+    metrics = {with_unit(name): metric for name, metric in metrics.items()}
     width = max((len(name) for name in metrics), default=0) + 2
     for name, metric in metrics.items():
         named = {} if metric["baseline"] is None else {metric["baseline_name"]: metric["baseline"]}

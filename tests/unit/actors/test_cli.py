@@ -281,13 +281,17 @@ def test_train_prints_where_the_report_is(
 
     def train(config: configs.RunConfig) -> driver.RunResult:
         seen.append(config)
+        psnr = {"value": 15.0, "baseline": 13.5, "baseline_name": "mean picture", "better": "higher"}
         return driver.RunResult(
-            folder=tmp_path, metrics={}, report=tmp_path / "report" / "index.html", steps=2, resumed_from=0
-        )
+            folder=tmp_path, metrics={"rgb/psnr": psnr}, report=tmp_path / "report" / "index.html", steps=2,
+            resumed_from=0,
+        )  # fmt: skip
 
     monkeypatch.setattr(driver, "train", train)
     assert cli.main(["train", "trainer=smoke", f"storage.root={tmp_path}"]) == 0
-    assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(tmp_path / "report" / "index.html") in said
+    assert "rgb/psnr (dB) 15 mean picture 13.5" in " ".join(said.split())
     assert seen[0].trainer.steps == 2
 
 

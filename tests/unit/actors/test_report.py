@@ -151,6 +151,15 @@ def test_metrics_stand_with_their_units(tmp_path: Path) -> None:
     assert with_unit("video_depth/abs_rel/median_scale") == "video_depth/abs_rel/median_scale"
 
 
+def test_a_column_of_numbers_stands_below_its_title(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "a")
+    table = {"title": "Answers", "note": "", "columns": ["type", "questions"], "rows": [["counting", 3]]}
+    (run / "tables.json").write_text(json.dumps([table, {**table, "rows": []}]))
+    page = write_report(run).read_text()
+    assert '<tr><th>type</th><th class="number">questions</th></tr>' in page
+    assert "<tr><th>type</th><th>questions</th></tr>" in page, "an empty table has a head as well"
+
+
 def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
     run, other = make_run(tmp_path / "runs" / "a"), tmp_path / "runs" / "b"
     other.mkdir()
