@@ -74,6 +74,7 @@ OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["encoders.features.layers=[2,9]"], ["encoders.features.layers=[2, 9]", "beyond the 4 layers"]),
     (["encoders.features.layers=[3,2]"], ["encoders.features.layers=[3, 2]", "increasing"]),
     (["encoders.features.height=113"], ["height=113 is not a multiple of the patch size 14", "112, 126"]),
+    (["encoders.features.side=28"], ["encoders.features.side=28", "for qwen2_5_vl, not dinov2"]),
     (["encoder=dinov3-small", "encoders.features.width=230"], ["width=230", "patch size 16", "224, 240"]),
     (["encoders.features.weights=facebook/dinov2-small"], ["arch", "contradicts", "weights=random"]),
     (["encoders.features.upstream=other"], ["encoders.features.upstream='other'", "reads no records"]),
