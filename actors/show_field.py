@@ -132,7 +132,12 @@ def _is_of(sample: PlanSample, scene: str) -> bool:
 
 def _nothing(manifests: Mapping[str, Manifest], split: Split, scene: str) -> str:
     """Why there is nothing to draw."""
-    splits = {(source, entry.id): entry.split for source, manifest in manifests.items() for entry in manifest.entries}
+    splits = {
+        (source, entry.id): entry.split
+        for source, manifest in manifests.items()
+        for entry in manifest.entries
+        if entry.split is not None
+    }
     found = [own for (source, item), own in splits.items() if scene in (item, f"{source}/{item}")]
     if found and split not in found:
         return f"--scene {scene} is of the {found[0].value} split: add --split {found[0].value}"

@@ -79,6 +79,12 @@ def _contents(described: Mapping[str, Any]) -> Iterator[str]:
 def _loading(described: Mapping[str, Any]) -> Iterator[str]:
     """Python that loads every folder."""
     contents = described["contents"]
+    parts = [folder for folder, what in contents.items() if what.startswith("part ")]
+    whole = [
+        part for part in parts if f"{part}-adapter" not in contents and not _lacks_updates(contents[part], contents)
+    ]
+    if whole:  # first: beside a CPU build of torch it makes torchvision importable, which transformers wants
+        yield "from models.pretrained import load_pretrained  # of Loom3D"
     if "language" in contents:
         kind = (
             "AutoModelForImageTextToText" if contents["language"].startswith("Qwen2_5_VL") else "AutoModelForCausalLM"
@@ -94,12 +100,6 @@ def _loading(described: Mapping[str, Any]) -> Iterator[str]:
         yield "from peft import PeftModel"
     for folder in adapters:
         yield f'{folder} = PeftModel.from_pretrained({folder}, "./{folder}-adapter")'
-    parts = [folder for folder, what in contents.items() if what.startswith("part ")]
-    whole = [
-        part for part in parts if f"{part}-adapter" not in contents and not _lacks_updates(contents[part], contents)
-    ]
-    if whole:
-        yield "from models.pretrained import load_pretrained  # of Loom3D"
     for folder in whole:
         yield f'{folder} = load_pretrained("{folder}")'
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,21 @@ def test_what_is_exported(exports: dict[str, Any]) -> None:
     assert resolved["recipe"]["spa3_vlm"]["geometry"] == "cross"
     assert "# Spa3-VLM" in card
     assert "# Spa3R" in (exports["field"].folder / "README.md").read_text()
+
+
+def test_the_lines_of_the_card_load_it_in_a_fresh_process(exports: dict[str, Any]) -> None:
+    folder = exports["merged"].folder
+    lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lines}\nprint(*(type(part).__name__ for part in (language, llm, adapter, spa3r)))"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Qwen2_5_VLForConditionalGeneration", "Spa3VLM", "CrossAdapter", "Spa3R"]
 
 
 def test_the_language_model_has_the_published_layout_and_its_vision_tower(
