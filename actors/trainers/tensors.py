@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import ctypes
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,9 @@ from models.errors import WeightsError
 
 #: Elements of the buffer in which ZeRO collects gradients before it sums them over the ranks.
 _BUCKET = 10**8
+
+#: Bytes of a tensor from which on it is worth asking the allocator for what it has freed.
+_WORTH = 2**20
 
 
 def bucket_elements(trained: int) -> int:
@@ -121,6 +126,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device 
     """:func:`filled` for all that a module holds on meta."""
     for found in on_meta(module):
         filled(found, weights, torch.device(device))
+        give_back(found.tensor.nbytes)
 
 
 @torch.no_grad()
@@ -129,3 +135,21 @@ def filled(found: OnMeta, weights: Mapping[str, Tensor], device: torch.device) -
     made = found.replace(torch.empty_like(found.tensor, device=device, requires_grad=False))
     assign(made, stored_value(found, weights))
     return made
+
+
+def give_back(freed: int) -> None:
+    """After a tensor of ``freed`` bytes was cut: the system gets back what of it the allocator would keep.
+
+    glibc serves what has up to 32 MiB from its heap, once something of that size was freed. Whole tensors that come and
+    go between parts that stay leave gaps there that the next ones do not fit in, a quarter of a model in the end.
+    """
+    trim = _trim()
+    if trim is not None and freed >= _WORTH:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], object] | None:
+    """The function ``malloc_trim`` of glibc, which returns every free page; None where the C library is another."""
+    found: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return found

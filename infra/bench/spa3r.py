@@ -12,6 +12,8 @@ GROUPS = ("spa3r_vggt", "spa3r_cached", "spa3r_vlm", "spa3r_lora")
 
 _DENSE = "the same with the dense boolean mask, made once"
 _EXPLICIT = "attention written out, all 24 outputs kept, RoPE tables in every call"
+_ONE_WHOLE = "its half, the largest tensor, the updates, 12 MiB"
+_PART = "its half, half of the largest tensor, the updates, 12 MiB"
 
 #: Name -> what is measured, and what it is compared with, as the document says it.
 ROWS = {
@@ -33,6 +35,10 @@ ROWS = {
     ),
     "answer_prefix": ("20 answers about one scene, its frames read once", "one by one, each with all frames"),
     "lora_zero3": ("a step with low-rank updates and ZeRO-3, 2 ranks", "the same on FSDP2"),
+    "load_zero3_small": ("host memory of a rank of 2 at the peak of loading 236 MiB, ZeRO-3", _ONE_WHOLE),
+    "load_zero3": ("the same of 644 MiB", _ONE_WHOLE),
+    "load_fsdp2_small": ("the same of 236 MiB, FSDP2", _PART),
+    "load_fsdp2": ("the same of 644 MiB, FSDP2", _PART),
 }
 
 

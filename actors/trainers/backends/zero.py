@@ -32,7 +32,17 @@ from torch import Tensor, nn
 from actors.trainers.backends.base import Edge, combine
 from actors.trainers.backends.ddp import DdpBackend
 from actors.trainers.optim import build_optimizer, set_rate
-from actors.trainers.tensors import assign, bucket_elements, count, filled, on_meta, saved_tensors, trainable, whole
+from actors.trainers.tensors import (
+    assign,
+    bucket_elements,
+    count,
+    filled,
+    give_back,
+    on_meta,
+    saved_tensors,
+    trainable,
+    whole,
+)
 from configs import ConfigError
 from configs.schema import TrainerConfig
 from models.spec import RoleSpec
@@ -102,6 +112,7 @@ class ZeroBackend(DdpBackend):
                 cut = made
             else:
                 cut.convert_to_zero_parameters(param_list=[made])
+            give_back(found.tensor.nbytes)
         return module
 
     def _settings(self, module: nn.Module) -> dict[str, Any]:
