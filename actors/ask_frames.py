@@ -30,6 +30,7 @@ from services.data.readers.base import Notes
 from services.data.readers.benchmarks.reader import BenchmarkReader
 from services.data.readers.corpus import CorpusReader
 from services.data.readers.corpus_video import Videos, with_frames
+from services.errors import DataError
 from services.features.client import FeatureClient
 from services.features.encode import pin_weights
 from services.features.sink import open_store
@@ -91,6 +92,8 @@ def choose(args: argparse.Namespace, config: RunConfig) -> Frames:
         raise ConfigError("--video and --image both say what is shown; keep one")
     if args.video:
         path = Path(args.video).expanduser()
+        if not path.exists():
+            raise DataError(f"--video {args.video}: there is no such file or folder")
         images = frame_choice(config, args.like).frames(path.absolute(), "--video", Notes())
         return Frames(names=[_name(image) for image in images], images=images, stem=path.stem)
     if args.like:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from actors.parts import part_folder
-from actors.recipes.spa3_vlm import ADAPTER, GEOMETRY, LLM
+from actors.recipes.spa3_vlm import ADAPTER, GEOMETRY, LLM, adapter_kind
 from actors.recipes.spa3_vlm_base import BASE, check_base
 from configs import ConfigError, RunConfig
 from models.encoders.uniugg import READS
 from models.errors import WeightsError
 from models.pretrained import CONFIG, describe_pretrained, load_part, load_pretrained
+from models.spa3r.vlm.adapter import APPEND, CROSS, NONE
 from models.spa3r.vlm.pipeline import Spa3VlmPipeline
 from models.text.tokenizer import check_fits
 from services.streams.frames import FrameColumns
 
 PARTS = (LLM, ADAPTER)
+_HAS: Mapping[str, str] = {
+    NONE: "no adapter", CROSS: "an adapter by cross-attention", APPEND: "an adapter that appends tokens",
+}  # fmt: skip
 
 
 def open_vlm(
@@ -57,13 +62,18 @@ def open_vlm(
 
 
 def _check_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path) -> None:
-    """WeightsError unless the model reads the geometry that the run gives it."""
-    geometry, adapter = config.recipe.spa3_vlm.geometry, pipeline.llm.adapter
-    if (adapter is None) != (geometry not in GEOMETRY):
-        has = "no adapter" if adapter is None else "an adapter"
+    """WeightsError unless the model reads the geometry that the run gives it, and as the run has it read."""
+    geometry, own = config.recipe.spa3_vlm.geometry, kind_of(pipeline.llm.settings)
+    if own != adapter_kind(geometry):
         raise WeightsError(
-            f"{place} has {has}, the run's recipe.spa3_vlm.geometry={geometry}: name the part of a run with the same"
+            f"{place} has {_HAS[own]}, the run's recipe.spa3_vlm.geometry={geometry} needs "
+            f"{_HAS[adapter_kind(geometry)]}: name the part of a run with the same"
         )
+
+
+def kind_of(settings: Mapping[str, Any]) -> str:
+    """The kind of adapter that a part's settings describe."""
+    return str((settings.get("adapter") or {}).get("kind", NONE))
 
 
 def _put_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path, llm: Path) -> None:
@@ -72,6 +82,13 @@ def _put_adapter(config: RunConfig, pipeline: Spa3VlmPipeline, place: Path, llm:
     if adapter is None:
         raise ConfigError(
             f"--part {ADAPTER}: the model has none (recipe.spa3_vlm.geometry={config.recipe.spa3_vlm.geometry})"
+        )
+    settings = describe_pretrained(place)["settings"]
+    if kind_of(settings) != kind_of(pipeline.llm.settings):
+        raise WeightsError(
+            f"{place} is {_HAS[kind_of(settings)]}, the run's recipe.spa3_vlm.geometry="
+            f"{config.recipe.spa3_vlm.geometry} needs {_HAS[kind_of(pipeline.llm.settings)]}: name that of a run with "
+            "the same"
         )
     behind = describe_pretrained(llm).get(BASE) or {}
     remedy = "name that of a run that began with this language model"

@@ -187,7 +187,7 @@ def test_mixed_shapes_are_read_and_said(
     [
         (["--video", "{m}/text.mp4", "--caption"], ["DataError", "text.mp4: not a readable video"]),
         (["--video", "{m}/torn.mp4", "--caption"], ["DataError", "torn.mp4"]),
-        (["--video", "{m}/absent.mp4", "--caption"], ["absent.mp4: there is no such video"]),
+        (["--video", "{m}/absent.mp4", "--caption"], ["absent.mp4: there is no such file or folder"]),
         (["--video", "{m}/walk.jsonl", "--caption"], ["walk.jsonl: is no video", ".mp4"]),
         (["--video", "{m}/empty", "--caption"], ["empty: the folder holds no pictures"]),
         (["--video", "{m}/walk.mp4"], ["nothing is asked"]),
@@ -255,6 +255,11 @@ def test_parts_that_do_not_belong_together_are_refused(
     assert asked(plain, *shown, capsys=capsys)["features"] == {"cached": 0, "computed": 1}, "no geometry"
     assert "has no adapter, the run's recipe.spa3_vlm.geometry=cross" in refused(folder, "--part", "llm=run:plain/llm")
     assert "the model has none" in refused(plain, "--part", "adapter=run:spa3_vlm-tiny/adapter")
+    make_vlm_run(tmp_path, "name=behind", "recipe.spa3_vlm.geometry=append")
+    said = refused(folder, "--part", "llm=run:behind/llm")
+    assert "has an adapter that appends tokens, the run's recipe.spa3_vlm.geometry=cross needs an adapter by" in said
+    said = refused(folder, "--part", "adapter=run:behind/adapter")
+    assert "weights/adapter is an adapter that appends tokens, the run's recipe.spa3_vlm.geometry=cross" in said
     make_vlm_run(tmp_path, "name=narrow", "model.overrides.adapter.kind=cross", "recipe.spa3_vlm.geometry=vggt")
     said = refused(folder, "--part", "adapter=run:narrow/adapter")
     assert "is an adapter for another base" in said
