@@ -24,6 +24,14 @@ OUTPUTS = {
     "vit": {"tokens": TensorSpec(shape=(1, 7, 7, 96), dtype="float32")},
     "vae": {"mean": TensorSpec(shape=(4, 14, 14), dtype="float32")},
 }
+LLM = {"language", "projector", "queries"}
+TRAINED = {
+    "uniugg_align": {"llm": LLM},
+    "uniugg_joint": {"llm": LLM, "diffusion": {"unet", "conditioning"}},
+    "uniugg_finetune": {"llm": LLM, "diffusion": {"unet", "conditioning"}},
+    "uniugg_direct": {"llm": LLM | {"head"}},
+}
+"""Recipe -> role -> what its trainer holds: neither ViT nor VAE nor spatial decoder, which the service has."""
 
 
 def started(root: Path, *overrides: str) -> Any:
@@ -34,6 +42,16 @@ def started(root: Path, *overrides: str) -> Any:
     recipe = open_recipe(configs.load(["recipe=uniugg_joint", f"storage.root={root}", *overrides]))
     facts = Facts(outputs=lambda name: OUTPUTS[name], classes=1)
     return recipe.rebuild("diffusion", recipe.describe("diffusion", facts)).module
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_what_is_frozen_is_in_no_trainer(recipe: str, tmp_path: Path) -> None:
+    save_part(tmp_path / "runs" / "uniugg_vae-tiny" / "weights" / "vae", "vae")
+    config = configs.load([f"recipe={recipe}", f"storage.root={tmp_path}", "model.init={}"])
+    opened, facts = open_recipe(config), Facts(outputs=lambda name: OUTPUTS[name], classes=1)
+    modules = {role: opened.rebuild(role, opened.describe(role, facts)).module for role in config.cluster.roles}
+    assert {role: {name for name, _ in module.named_children()} for role, module in modules.items()} == TRAINED[recipe]
+    assert not any(list(module.parameters(recurse=False)) for module in modules.values())
 
 
 def test_a_diffusion_goes_on_behind_its_own_vae_only(tmp_path: Path) -> None:
