@@ -5,7 +5,10 @@ The kernel's RssAnon counts what a process holds for itself: pages of a mapped f
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ LANGUAGE = {
     "num_key_value_heads": 4,
     "vocab_size": 4096,
 }
+#: By the size's name: what is not as in :data:`LANGUAGE`. ``wide`` has 56 MB, of which two tensors of 16 MiB.
+SIZES: Mapping[str, dict[str, int]] = {"deep": {}, "wide": {"num_hidden_layers": 2, "vocab_size": 8192}}
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
 
 
 def step(module: nn.Module, batch: Any, received: Any) -> StepOutput:
@@ -59,11 +65,9 @@ def language(**settings: Any) -> nn.Module:
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("this kernel does not count RssAnon")
+    """RssAnon of this process: what is resident of it without what it shares with files."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_bytes().split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak:
@@ -85,21 +89,27 @@ class Peak:
         self.bytes = max(self.bytes, anonymous_bytes() - self._start)
 
 
-def load(name: str, folder: str, *, lora: bool) -> dict[str, Any]:
-    """Start the model of ``folder`` on a backend, and make a step; bytes at the peak of loading, and its loss."""
+def load(name: str, folder: str, size: str, *, lora: bool) -> dict[str, Any]:
+    """Start the model of that size on a backend, and make a step; bytes at the peak of loading, and its loss."""
     from actors.trainers.backends import make_backend
     from actors.trainers.lora import apply_lora
+    from actors.trainers.tensors import give_back
 
-    weights = StoredTensors.of(folder)
-    # Once without weights, and a small model first: what is imported at first use, and threads, are not the model's.
+    weights = StoredTensors.of(Path(folder) / size)
+    # All of it with a tiny model first: what is imported at first use, and threads, are not the model's.
+    values = language(**TINY).state_dict()
     with empty_weights():
-        language()
-        small = nn.Linear(8, 8)
-    values = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
-    make_backend(BackendConfig(name=name), "cpu").prepare(small, ROLE, TrainerConfig(), values)
+        tiny = language(**TINY)
+    if lora:
+        apply_lora(tiny, ROLE, PeftConfig(method="lora", rank=4), weights=values)
+    make_backend(BackendConfig(name=name, persistence_threshold=1000), "cpu").prepare(
+        tiny, ROLE, TrainerConfig(), values
+    )
+    gc.collect()
+    give_back(2**30)  # what the model before this one has left is not for this one to use
     with Peak() as peak:
         with empty_weights():
-            module = language()
+            module = language(**SIZES[size])
         if lora:
             apply_lora(module, ROLE, PeftConfig(method="lora", rank=4), weights=weights)
         backend = make_backend(BackendConfig(name=name, persistence_threshold=1000), "cpu")
@@ -112,34 +122,19 @@ def load(name: str, folder: str, *, lora: bool) -> dict[str, Any]:
     return {"peak": peak.bytes, "loss": float(loss.detach()), "norm": float(norm)}
 
 
-def load_whole(folder: str) -> int:
-    """Bytes at the peak of loading the model as one does on a single device."""
-    from safetensors.torch import load_file
-
-    with empty_weights():
-        language()
-    with Peak() as peak:
-        module = language()
-        module.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-    return peak.bytes
+def load_each(cases: list[tuple[str, bool, str]], folder: str) -> dict[str, Any]:
+    """:func:`load` for every (backend, with low-rank updates, size)."""
+    return {f"{name} {lora} {size}": load(name, folder, size, lora=lora) for name, lora, size in cases}
 
 
-def load_each(cases: list[tuple[str, bool]], folder: str) -> dict[str, Any]:
-    """:func:`load` for every (backend, with low-rank updates), and :func:`load_whole` to compare with."""
-    found: dict[str, Any] = {
-        f"{name} {'lora' if lora else 'full'}": load(name, folder, lora=lora) for name, lora in cases
-    }
-    return found | {"whole": load_whole(folder)}
-
-
-def alone(folder: str, *, lora: bool) -> tuple[float, float]:
+def alone(folder: str, size: str, *, lora: bool) -> tuple[float, float]:
     """Loss and norm of the same step by plain autograd of the whole model."""
     from safetensors.torch import load_file
 
     from actors.trainers.lora import apply_lora
 
-    module = language()
-    module.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    module = language(**SIZES[size])
+    module.load_state_dict(load_file(Path(folder) / size / "model.safetensors"))
     if lora:
         apply_lora(module, ROLE, PeftConfig(method="lora", rank=4))
     batch = {"input_ids": torch.arange(24).reshape(2, 12) * 7 % LANGUAGE["vocab_size"]}
