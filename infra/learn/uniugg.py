@@ -53,9 +53,12 @@ GEOMETRY_ONLY = ("recipe.losses.semantic_tokens=0", "recipe.losses.semantic_summ
 THIRD = ("data=rooms-single", "evaluate.samples=400", "trainer.micro_batch=8", "trainer.lr=1e-3")
 ALIGN = ("trainer.micro_batch=16",)
 
+#: What more of the first phase gives; the phases behind it go on from the shorter one.
+LONG = ("trainer.steps=4000",)
+
 #: Optimiser steps by recipe.
 STEPS = {
-    "uniugg_encoder": 4000,
+    "uniugg_encoder": 2000,
     "uniugg_vae": 900,
     "uniugg_align": 1000,
     "uniugg_joint": 1200,
@@ -113,7 +116,7 @@ def joint_inputs(seed: int, end: str, reads: Sequence[str]) -> tuple[str, ...]:
 
 
 def jobs(seeds: int) -> list[Job]:
-    """All runs, in the order in which they are worth having: what all claims need first, other encoders last."""
+    """All runs, in the order in which they are worth having: what all claims need first, further seeds last."""
     reads = ("encoders.vit.weights=run:encoder-0/encoder",)
     start = "model.init.spatial_decoder=run:encoder-0/spatial_decoder"
     tuned = ("model.init.llm=run:joint-0/llm", "model.init.diffusion=run:joint-0/diffusion")
@@ -123,9 +126,12 @@ def jobs(seeds: int) -> list[Job]:
         job("p3", "direct", "uniugg_direct", 0, *reads, f"model.init.llm={llm(0)}"),
         job("p3", "finetune", "uniugg_finetune", 0, *joint_inputs(0, "", reads), *tuned),
     ]
+    found += [job("p1", "encoder-long", "uniugg_encoder", seed, *LONG) for seed in range(seeds)]
+    found += chain(0, kind="b", encoder=GEOMETRY_ONLY)
+    found += chain(0, kind="a", vit=TEACHER)
     for seed in range(1, seeds):
         found += chain(seed)
-    return [*found, *chain(0, kind="a", vit=TEACHER), *chain(0, kind="b", encoder=GEOMETRY_ONLY)]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
