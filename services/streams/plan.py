@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 PACKING = frozenset({"spa3_vlm"})
 """Recipes whose model reads several conversations behind one prefix."""
 _VERSION = 1
-"""Raised when the same configuration gives other samples; part of the digest."""
+"""Raised when the same configuration gives other samples (another default does); part of the digest."""
 
 
 def generator(seed: int, step: int, sample_id: str, purpose: str) -> torch.Generator:
@@ -340,7 +340,7 @@ class EpochPlan:
             "complete": self.complete,
             "micro_batch": self.micro_batch,
             "kinds": self.kinds,
-            "view_set": dataclasses.asdict(config.recipe.view_set),
+            "view_set": _given(config.recipe.view_set),
             "intervals": {name: source.interval for name, source in config.data.sources.items() if source.interval},
             "sources": [[name, weights[name], manifests[name].digest] for name in sorted(manifests)],
             "quarantine": sorted(quarantine),
@@ -440,6 +440,12 @@ class EpochPlan:
             questions=draw.questions,
             length=int(pool.lengths[entry]),
         )
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as by default, so that one added later renames no run from before it."""
+    default = type(settings)()
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value != getattr(default, name)}
 
 
 def _indices(

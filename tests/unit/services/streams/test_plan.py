@@ -224,6 +224,19 @@ def test_a_large_source_is_walked_through_before_a_unit_comes_again() -> None:
     assert sorted(three) == sorted(f"big/big-00#view{i}" for i in range(24))
 
 
+def test_a_setting_of_view_sets_that_is_added_later_renames_no_run() -> None:
+    source = {"rooms": scenes("rooms", [40])}
+    config = config_of({"rooms": 1.0})
+    wider = dataclasses.replace(config.recipe.view_set, stride=3)
+    later = dataclasses.make_dataclass("Later", [("new", int, 7)], bases=(type(wider),), frozen=True, kw_only=True)
+    digests = [
+        EpochPlan(dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, view_set=found)), source).digest
+        for found in (config.recipe.view_set, later(**dataclasses.asdict(config.recipe.view_set)), later(new=8), wider)
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 def test_other_seeds_and_epochs_give_other_orders() -> None:
     source = {"rooms": scenes("rooms", [40])}
     one = EpochPlan(config_of({"rooms": 1.0}, seed=1), source)
