@@ -58,7 +58,7 @@ def plan(
     encoders = encoder_costs(config)
     absent = missing(config, encoders, fetch=fetch)
     data = data_sizes(config)
-    sizes = _lengths(config, encoders, data)
+    sizes = ragged_lengths(config, encoders, data)
     classes = max(size.classes for size in data) or 1
     costs = role_costs(config, encoders, classes, sizes)
     sets = drawn(config, data)
@@ -167,8 +167,8 @@ def _beside_notes(config: RunConfig) -> list[str]:
     ]
 
 
-def _lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> Lengths:
-    """A conversation is taken to be as long as it may be, with as many pictures as fit beside some text."""
+def ragged_lengths(config: RunConfig, encoders: Mapping[str, EncoderCost], data: Sequence[DataSize]) -> Lengths:
+    """A conversation is taken to be as long as it may be, with as many pictures as fit beside some text; sets too."""
     grids = [
         math.prod(int(axis or 1) for axis in e.outputs["tokens"].shape[-3:-1])
         for e in encoders.values()

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from actors.preflight.fake import stepping
+from actors.preflight.work import counting
 from actors.trainers.tensors import bucket_elements
 from configs.schema import BackendConfig
 from models.spec import RoleSpec
@@ -68,6 +69,8 @@ class StepCost:
     frozen: int
     flops: int
     """Forward and backward of the micro-batch."""
+    recomputed: int = 0
+    """Of these, the forward passes of blocks that checkpointing makes again."""
     weights: int
     gradients: int
     optimiser: int
@@ -129,7 +132,7 @@ def step_and_outputs(
     """:func:`step_cost`, and what leaves on edges."""
     parameters = list(module.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    with stepping(module), FlopCounterMode(display=False) as counter:
+    with stepping(module), counting() as counter:
         tape = _Tape([*parameters, *module.buffers(), *_tensors(batch), *received.values()], counter)
         blocks = role.checkpointed if checkpointing else ()
         with (
@@ -147,6 +150,7 @@ def step_and_outputs(
         trainable=count,
         frozen=sum(p.numel() for p in parameters) - count,
         flops=flops,
+        recomputed=tape.recomputed,
         weights=sum(_bytes(t) for t in (*parameters, *module.buffers())),
         gradients=sum(_bytes(p) for p in trainable),
         optimiser=sum(_bytes(p) for p in trainable) * (3 if ema else 2),

@@ -61,6 +61,11 @@ class RoleCost:
         return sum(self.micro_batches[kind] * cost.flops for kind, cost in self.kinds.items())
 
     @property
+    def model_flops(self) -> int:
+        """The same without what activation checkpointing computes again."""
+        return self.flops - sum(self.micro_batches[kind] * cost.recomputed for kind, cost in self.kinds.items())
+
+    @property
     def sample_flops(self) -> float:
         """Of one sample, on average over the kinds."""
         return self.flops / (self.samples * sum(self.micro_batches.values()))
@@ -92,6 +97,8 @@ class Traced:
     samples: int
     sends: Mapping[str, int]
     receives: Mapping[str, int]
+    arrives: Mapping[str, Mapping[str, Tensor]]
+    """Kind -> what it gets from other roles with a micro-batch, as fake tensors."""
 
     def on(self, backend: BackendConfig, workers: int, *, accelerated: bool) -> RoleCost:
         """The cost of one of ``workers``; ``accelerated``: on a GPU."""
@@ -161,7 +168,7 @@ def _trace(
     samples = config.trainer.micro_batch // min(config.cluster.roles[role].workers)
     specs = role_columns(config, role, facts)
     module, spec = _described(recipe, role, facts)
-    kinds, taken, sends, receives = {}, {}, Counter[str](), Counter[str]()
+    kinds, taken, arrives, sends, receives = {}, {}, {}, Counter[str](), Counter[str]()
     for kind, count in counts.items():
         if kind not in specs or not spec.takes_part(kind):
             continue
@@ -186,10 +193,10 @@ def _trace(
             sizes = {t.name: outputs[t.name].numel() * outputs[t.name].element_size() for t in edge.tensors}
             sends[edge.target] += count * sum(sizes.values())
             receives[edge.target] += count * sum(sizes[t.name] for t in edge.tensors if t.gradient)
-        kinds[kind], taken[kind] = cost, count
+        kinds[kind], taken[kind], arrives[kind] = cost, count, received
     return Traced(
         module=module, spec=spec, kinds=kinds, micro_batches=taken, samples=samples, sends=dict(sends),
-        receives=dict(receives),
+        receives=dict(receives), arrives=arrives,
     )  # fmt: skip
 
 

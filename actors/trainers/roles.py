@@ -87,7 +87,7 @@ def train_role(
         torch.set_num_threads(config.trainer.threads)
     plan = feed.plan(Split.TRAIN)
     built = recipe.build(role, feed, plan)
-    loop = _make_loop(config, recipe, built, backend, link)
+    loop = make_loop(config, recipe, built, backend, link)
     checkpoints = _joined(open_checkpoints(config, folder, plan, role), folder, loop)
     found = checkpoints.newest()
     if found is not None:
@@ -131,8 +131,8 @@ def train_role(
     )
 
 
-def _make_loop(config: RunConfig, recipe: Recipe, built: Built, backend: Backend, link: Links | None) -> TrainLoop:
-    """The loop of a role at step 0."""
+def make_loop(config: RunConfig, recipe: Recipe, built: Built, backend: Backend, link: Links | None) -> TrainLoop:
+    """The loop of a role at step 0, what it trains of its module adapted as the run asks."""
     role = built.spec.name
     module = adapt(config, role, built, base=base_dtype(recipe, role, accelerated=backend.device.type == "cuda"))
     if config.trainer.activation_checkpointing:

@@ -22,6 +22,7 @@ from actors.preflight.fake import building, stepping
 from actors.preflight.memory import StepCost, step_cost
 from actors.preflight.rates import measured_rates
 from actors.preflight.render import count, duration, form, render, size
+from actors.preflight.work import counting
 from configs.compose import groups
 from configs.schema import RunConfig
 from models.registry import build, spec
@@ -101,12 +102,10 @@ def test_memory_is_what_a_tracker_measures(
 
 
 def test_work_and_parameters_match_a_real_module() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     role, cost = spec("probe-tiny").roles[0], features(96, 8)
     module = build("probe-tiny", channels=96)
     batch = probe_batch(module, cost, 2, 112)
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         torch.stack(list(role.step(module, batch, {}).sums.values())).sum().backward()
     fake = fake_cost("probe-tiny", 96, 2, 8, 112)
     assert fake.flops == counter.get_total_flops() > 0

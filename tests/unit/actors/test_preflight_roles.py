@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import configs
 import models
@@ -24,6 +23,7 @@ from actors.preflight.missing import missing
 from actors.preflight.render import render
 from actors.preflight.sizes import data_sizes
 from actors.preflight.trained import how_to_train
+from actors.preflight.work import counting
 from actors.trainers.recompute import checkpoint_activations
 from configs.roles import ROLES
 from configs.schema import BackendConfig, RunConfig
@@ -153,7 +153,7 @@ def fake_language() -> Any:
 
 
 def real_flops(module: torch.nn.Module, batch: dict[str, Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         torch.stack(list(language().step(module, batch, {}).sums.values())).sum().backward()
     return int(counter.get_total_flops())
 
