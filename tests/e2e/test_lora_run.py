@@ -16,6 +16,7 @@ import configs
 from actors import driver
 from actors.cli import main
 from actors.export.forward import outputs, random_inputs
+from actors.report.units import with_unit
 from models.pretrained import load_pretrained
 from tests.support.uniugg_parts import make_run, save_part
 
@@ -101,7 +102,7 @@ def test_the_merged_export_gives_a_fresh_process_the_same_outputs(finished: Path
     card = (tmp_path / "out" / "README.md").read_text()
     metrics = json.loads((finished / "evaluation.json").read_text())["metrics"]
     assert metrics
-    assert all(f"| {name} |" in card for name in metrics)
+    assert all(f"| {with_unit(name)} |" in card for name in metrics)
     assert "low-rank updates of rank 4" in card
     done = subprocess.run(
         [sys.executable, "-c", RELOAD, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
