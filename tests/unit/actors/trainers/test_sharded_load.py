@@ -22,8 +22,8 @@ RANKS = 2
 #: Of the largest tensor a rank holds so much beside its part, for a moment: DeepSpeed sends it whole before it cuts it,
 #: FSDP2 copies its part out of the file.
 WHOLE = {"zero3": 1.0, "fsdp2": 1 / RANKS}
-#: Whatever the weights: the low-rank updates and what trains them, buffers of collectives, and Python's objects, of which
-#: a layer on ZeRO-3 with updates has 2 MiB.
+#: Whatever the weights: the low-rank updates and what trains them, buffers of collectives, and Python's objects, which
+#: are 2 MiB a layer on ZeRO-3 with updates.
 CONSTANT = 24 * 2**20
 
 
