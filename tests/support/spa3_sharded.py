@@ -14,7 +14,7 @@ import models
 from actors.recipes import open_recipe
 from actors.trainers.backends import make_backend
 from actors.trainers.loop import TrainLoop
-from actors.trainers.roles import _make_loop
+from actors.trainers.roles import make_loop
 from actors.trainers.tensors import local
 from configs import RunConfig
 from models.pretrained import empty_weights
@@ -65,7 +65,7 @@ def loop_of(config: RunConfig, folder: Path, backend: Any = None) -> TrainLoop:
     """The loop at step 0 as a worker makes it: rebuilt by the recipe, adapted, and placed by its backend."""
     recipe = open_recipe(config)
     built = recipe.rebuild("vlm", settings_of(folder))
-    return _make_loop(config, recipe, built, backend or make_backend(config.backend, "cpu"), None)
+    return make_loop(config, recipe, built, backend or make_backend(config.backend, "cpu"), None)
 
 
 def a_batch(seed: int = 0) -> dict[str, Any]:
